@@ -1,0 +1,78 @@
+"""Named pieces: one registry for each kind, so that a method is found by its name and appears wherever methods are listed."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from secateur.errors import RecipeError, UnknownName
+
+T = TypeVar("T", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class Entry(Generic[T]):
+    """A registered piece: its name, the callable, the source it implements and whatever its registry records beside."""
+
+    name: str
+    make: T
+    source: str
+    facts: Mapping[str, Any]
+
+    @property
+    def summary(self) -> str:
+        """First sentence of the docstring."""
+        return (inspect.getdoc(self.make) or "").strip().split("\n\n")[0].replace("\n", " ")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Keyword-only options and their defaults: the ones a recipe may set."""
+        parameters = inspect.signature(self.make).parameters.values()
+        return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+    def check_options(self, kind: str, options: Mapping[str, Any]) -> None:
+        """Refuse an option that the piece does not have."""
+        from secateur.errors import did_you_mean
+
+        for key in options:
+            if key not in self.options:
+                known = ", ".join(self.options) or "none"
+                raise RecipeError(
+                    f"{kind} {self.name!r} has no option {key!r}{did_you_mean(key, self.options)} Its options: {known}."
+                )
+
+
+class Registry(Mapping[str, Entry[T]], Generic[T]):
+    """Pieces of one kind by name. `Registry.register` is a decorator factory; lookups of unknown names suggest the nearest."""
+
+    def __init__(self, kind: str):
+        self.kind = kind
+        self._entries: dict[str, Entry[T]] = {}
+
+    def register(self, name: str, *, source: str, **facts: Any) -> Callable[[T], T]:
+        """Decorator that files a callable under `name`. `source` is the paper, year and equation it implements."""
+
+        def add(make: T) -> T:
+            if name in self._entries:
+                raise ValueError(f"{self.kind} {name!r} is registered twice")
+            self._entries[name] = Entry(name, make, source, facts)
+            return make
+
+        return add
+
+    def __getitem__(self, name: str) -> Entry[T]:
+        try:
+            return self._entries[name]
+        except (KeyError, TypeError):
+            raise UnknownName(self.kind, str(name), self._entries) from None
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)

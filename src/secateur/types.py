@@ -1,0 +1,360 @@
+"""The frozen data that every part shares. Nothing here computes more than a sum, and nothing of ours is imported."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import BoolTensor, IntTensor, Tensor, nn
+
+
+class Need(enum.Enum):
+    """A statistic that a criterion or a solver asks the calibration pass for. The value is the `LayerStats` field."""
+
+    WEIGHT = "weight"  #: the weight itself: always there, needs no data
+    GRAD = "grad"  #: mean over samples of the loss gradient
+    GRAD_SQ = "grad_sq"  #: mean over samples of the squared per-sample loss gradient (the empirical Fisher diagonal)
+    GRAD_ONE = "grad_one"  #: loss gradient of the first batch only (SNIP)
+    HESSIAN_GRAD = "hessian_grad"  #: Hessian times mean gradient (GraSP)
+    SYNFLOW_GRAD = "synflow_grad"  #: gradient of SynFlow's R: all-ones input through the network of absolute weights
+    INPUT_NORM = "input_norm"  #: l2 norm of each input feature over all samples and positions
+    GRAM = "gram"  #: X X^T over all samples and positions
+    NORM_SCALE = "norm_scale"  #: |gamma| of the normalisation that follows the layer
+    OUTPUT = "output"  #: statistics of the layer's output
+
+    @property
+    def data(self) -> bool:
+        """Whether calibration batches are needed for it."""
+        return self not in (Need.WEIGHT, Need.SYNFLOW_GRAD, Need.NORM_SCALE)
+
+
+@dataclass(frozen=True)
+class LayerStats:
+    """What is known of one layer's weight when it is scored.
+
+    All tensors are float32 and in canonical orientation: ``[out, in, *kernel]`` whatever the module stores. `input_norm`
+    broadcasts against the weight. A statistic that nobody collected is None, and `need` turns that into an error.
+    """
+
+    name: str
+    weight: Tensor
+    grad: Tensor | None = None
+    grad_sq: Tensor | None = None
+    grad_one: Tensor | None = None
+    hessian_grad: Tensor | None = None
+    synflow_grad: Tensor | None = None
+    input_norm: Tensor | None = None
+    gram: Tensor | None = None
+    norm_scale: Tensor | None = None
+    output: Tensor | None = None
+    samples: int = 0  #: how many samples the statistics saw
+    seed: int = 0  #: seed of criteria that draw numbers; already mixed with the layer's position
+
+    def need(self, which: Need) -> Tensor:
+        """The statistic `which`, or a LookupError that names the layer and the missing statistic."""
+        value = getattr(self, which.value)
+        if value is None:
+            raise LookupError(f"layer {self.name!r} has no statistic {which.value!r}: declare it in the criterion's needs")
+        return value
+
+
+@runtime_checkable
+class Pattern(Protocol):
+    """How the elements of a weight fold into removable units, and the groups within which units compete."""
+
+    name: str
+    sparsity: float | None  #: the sparsity the pattern itself fixes (n:m), or None where the user chooses
+
+    def refuses(self, shape: torch.Size) -> str | None:
+        """The reason why a canonical weight of this shape cannot have the pattern, or None where it can."""
+
+    def fold(self, weight: Tensor) -> Tensor:
+        """Canonical ``[out, in, *kernel]`` -> ``[groups, units, elements]``. A view where strides allow it."""
+
+    def unfold(self, keep: BoolTensor, shape: torch.Size) -> BoolTensor:
+        """``[groups, units]`` -> mask of `shape`: the inverse of `fold` for unit-wise values."""
+
+
+@dataclass(frozen=True)
+class UnitScores:
+    """One layer's scores as an allocation sees them: ``scores [groups, units]``, each unit standing for `elements` weights."""
+
+    name: str
+    scores: Tensor
+    elements: int
+    shape: torch.Size  #: canonical shape of the weight
+
+    @property
+    def units(self) -> int:
+        """Units in the layer, over all groups."""
+        return self.scores.numel()
+
+
+#: Lazy mapping of layer name to scores, and a sparsity in [0, 1) -> units kept in each group, ``[groups]`` for each layer.
+Allocation = Callable[[Mapping[str, UnitScores], float], Mapping[str, IntTensor]]
+#: Progress 0..1 -> share of the target sparsity reached. The target is passed for schedules that are not linear in it.
+Schedule = Callable[[float, float], float]
+
+
+class MaskSet(Mapping[str, BoolTensor]):
+    """Immutable masks by parameter name, True = kept, each in the shape its parameter is stored in."""
+
+    def __init__(self, masks: Mapping[str, Tensor]):
+        for name, mask in masks.items():
+            if mask.dtype != torch.bool:
+                raise TypeError(f"mask {name!r} must be a bool tensor, got {mask.dtype}")
+        self._masks = MappingProxyType(dict(masks))
+
+    def __getitem__(self, name: str) -> BoolTensor:
+        return self._masks[name]  # type: ignore[return-value]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._masks)
+
+    def __len__(self) -> int:
+        return len(self._masks)
+
+    def __repr__(self) -> str:
+        return f"MaskSet({len(self)} layers, density {self.density():.4f})" if self else "MaskSet(empty)"
+
+    def kept(self) -> int:
+        """Number of weights kept, over all masks."""
+        return sum(int(m.count_nonzero()) for m in self.values())
+
+    def total(self) -> int:
+        """Number of weights masked or not, over all masks."""
+        return sum(m.numel() for m in self.values())
+
+    def density(self, name: str | None = None) -> float:
+        """Fraction kept, of one mask or of all."""
+        masks = self if name is None else MaskSet({name: self[name]})
+        return masks.kept() / masks.total() if masks.total() else 1.0
+
+    def sparsity(self, name: str | None = None) -> float:
+        """Fraction removed, of one mask or of all."""
+        return 1.0 - self.density(name)
+
+    def __and__(self, other: Mapping[str, Tensor]) -> MaskSet:
+        return self._combine(other, torch.logical_and)
+
+    def __or__(self, other: Mapping[str, Tensor]) -> MaskSet:
+        return self._combine(other, torch.logical_or)
+
+    def _combine(self, other: Mapping[str, Tensor], op: Callable[[Tensor, Tensor], Tensor]) -> MaskSet:
+        if set(self) != set(other):
+            raise ValueError(f"mask sets differ in layers: {sorted(set(self) ^ set(other))}")
+        return MaskSet({name: op(self[name], other[name]) for name in self})
+
+    def diff(self, other: Mapping[str, Tensor]) -> dict[str, int]:
+        """Positions whose mask differs, by layer; layers without a difference are left out."""
+        differing = {n: int((self[n] != other[n]).sum()) for n in self.keys() & other.keys()}
+        return {name: count for name, count in differing.items() if count}
+
+    @torch.no_grad()
+    def apply(self, model: nn.Module) -> None:
+        """Zero the removed weights of `model` in place, and whatever NaN they held with them."""
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        for name, mask in self.items():
+            if name not in parameters:
+                raise KeyError(f"the model has no parameter {name!r}; the mask was made for another model")
+            if parameters[name].shape != mask.shape:
+                raise ValueError(
+                    f"parameter {name!r} is {tuple(parameters[name].shape)}, its mask {tuple(mask.shape)}"
+                )
+            parameters[name].masked_fill_(~mask.to(parameters[name].device), 0)
+
+
+class Solver(Protocol):
+    """Chooses the mask and the surviving weights of one layer together. Weight, scores and results are canonical."""
+
+    def __call__(
+        self, weight: Tensor, scores: Tensor, keep: IntTensor, pattern: Pattern, stats: LayerStats
+    ) -> tuple[BoolTensor, Tensor]:
+        """`scores [groups, units]` and `keep [groups]` -> mask and new weight, both in the weight's shape."""
+        ...
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Keep only `kept` indices of dimension `dim` of the parameter or buffer `tensor`."""
+
+    tensor: str
+    dim: int
+    kept: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What a plan does to one layer."""
+
+    name: str
+    shape: tuple[int, ...]
+    parameters: int
+    kept: int
+    pattern: str
+    why: str = ""  #: for coupled layers, with whom and through what
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction removed."""
+        return 1.0 - self.kept / self.parameters if self.parameters else 0.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What would be done: how many weights go where, which slices are cut, and what is left alone and why."""
+
+    layers: tuple[LayerPlan, ...] = ()
+    cuts: tuple[Cut, ...] = ()
+    skipped: Mapping[str, str] = field(default_factory=dict)  #: layer -> reason
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction removed, over the layers of the plan."""
+        total = sum(p.parameters for p in self.layers)
+        return 1.0 - sum(p.kept for p in self.layers) / total if total else 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain lists and dicts, as `from_json` reads them."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Plan:
+        """The plan that `to_json` wrote."""
+        layers = tuple(LayerPlan(**{**p, "shape": tuple(p["shape"])}) for p in data["layers"])
+        cuts = tuple(Cut(c["tensor"], int(c["dim"]), tuple(c["kept"])) for c in data["cuts"])
+        return cls(layers, cuts, dict(data["skipped"]))
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Median wall-clock time of one forward pass, and the conditions without which it means nothing."""
+
+    median_ms: float
+    low_ms: float  #: 25th percentile
+    high_ms: float  #: 75th percentile
+    runs: int
+    batch: int
+    threads: int
+    dtype: str
+    device: str
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Sizes, cost and quality of one model. None = not measured, with the reason in the report's notes."""
+
+    parameters: int
+    nonzeros: int
+    bytes_memory: int  #: parameters and buffers as they lie in memory
+    bytes_disk: int | None = None  #: what `sc.save` writes for the weights
+    macs: int | None = None  #: multiply-adds of one forward pass of the example, dense
+    macs_nonzero: int | None = None  #: the same, counting only nonzero weights
+    latency: Latency | None = None
+    quality: Mapping[str, float] = field(default_factory=dict)  #: what `evaluate` returned
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer after pruning."""
+
+    name: str
+    shape: tuple[int, ...]
+    parameters: int
+    kept: int
+    pattern: str
+    error: float | None = None  #: relative output error on the calibration data, where a solver measured it
+    histogram_before: tuple[tuple[float, ...], tuple[int, ...]] | None = None  #: bin edges, counts
+    histogram_after: tuple[tuple[float, ...], tuple[int, ...]] | None = None  #: the same edges, of nonzero weights
+    picture: tuple[tuple[float, ...], ...] | None = None  #: local density of the mask, at most 64x64 cells
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction removed."""
+        return 1.0 - self.kept / self.parameters if self.parameters else 0.0
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """Quality of the model when only `layer` is pruned to `sparsity`; `quality` runs parallel to it."""
+
+    layer: str
+    sparsity: tuple[float, ...]
+    quality: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One model on the accuracy-versus-sparsity curve."""
+
+    label: str  #: method it belongs to: points of one label form a curve
+    sparsity: float
+    quality: float
+    parameters: int | None = None
+    macs: int | None = None
+    bytes_disk: int | None = None
+    latency_ms: float | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything needed to show what pruning cost and won. Plain data: `to_json` and `from_json` lose nothing."""
+
+    title: str
+    before: Measurement
+    after: Measurement
+    metric: str | None = None  #: name of the quality that the curves show; higher is better unless it says loss or perplexity
+    layers: tuple[LayerReport, ...] = ()
+    skipped: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    sensitivity: tuple[Sensitivity, ...] = ()
+    points: tuple[Point, ...] = ()
+    recipe: str = ""  #: TOML
+    environment: Mapping[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain lists and dicts, as `from_json` reads them."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Report:
+        """The report that `to_json` wrote. Raises KeyError or TypeError where `data` is none."""
+        data = dict(data)
+        for key in ("before", "after"):
+            m = dict(data[key])
+            m["latency"] = Latency(**m["latency"]) if m.get("latency") else None
+            data[key] = Measurement(**m)
+        data["layers"] = tuple(_layer_report(x) for x in data["layers"])
+        data["sensitivity"] = tuple(
+            Sensitivity(s["layer"], tuple(s["sparsity"]), tuple(s["quality"])) for s in data["sensitivity"]
+        )
+        data["points"] = tuple(Point(**p) for p in data["points"])
+        data["notes"] = tuple(data["notes"])
+        return cls(**data)
+
+
+def _layer_report(data: Mapping[str, Any]) -> LayerReport:
+    values = {**data, "shape": tuple(data["shape"])}
+    for key in ("histogram_before", "histogram_after"):
+        if values[key] is not None:
+            edges, counts = values[key]
+            values[key] = (tuple(edges), tuple(counts))
+    if values["picture"] is not None:
+        values["picture"] = tuple(tuple(row) for row in values["picture"])
+    return LayerReport(**values)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What `sc.prune` returns: the pruned model, its masks, the plan that was carried out and the report."""
+
+    model: nn.Module
+    masks: MaskSet
+    plan: Plan
+    report: Report
