@@ -54,7 +54,9 @@ def find_layers(
     modules = {n for n, _ in model.named_modules()}
     for pattern in (*(layers or ()), *ignore):
         if not any(matches(pattern, n) for n in names):
-            raise UnknownName("layer", pattern, {*names, *(m for m in modules if any(n.startswith(m + ".") for n in names))})
+            raise UnknownName(
+                "layer", pattern, {*names, *(m for m in modules if any(n.startswith(m + ".") for n in names))}
+            )
     found: dict[str, Layer] = {}
     for name, layer in candidates.items():
         if layers is not None and not any(matches(p, name) for p in layers):
@@ -96,9 +98,7 @@ def _candidates(model: nn.Module, *, explicit: bool) -> tuple[dict[str, Layer], 
     aliases: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         aliases.setdefault(id(parameter), []).append(name)
-    embeddings = {
-        id(m.weight): n for n, m in model.named_modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))
-    }
+    embeddings = {id(m.weight): n for n, m in model.named_modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))}
     found: dict[str, Layer] = {}
     skipped: dict[str, str] = {}
     seen: set[int] = set()
@@ -114,7 +114,9 @@ def _candidates(model: nn.Module, *, explicit: bool) -> tuple[dict[str, Layer], 
                 continue
             seen.add(id(parameter))
             if id(parameter) in embeddings:
-                skipped[name] = f"tied to the embedding {embeddings[id(parameter)]!r}: pruning it would prune the embedding"
+                skipped[name] = (
+                    f"tied to the embedding {embeddings[id(parameter)]!r}: pruning it would prune the embedding"
+                )
                 continue
             others = tuple(n for n in aliases[id(parameter)] if n != name)
             found[name] = Layer(name, module_name, module, parameter, swap, others)

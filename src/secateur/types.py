@@ -59,7 +59,9 @@ class LayerStats:
         """The statistic `which`, or a LookupError that names the layer and the missing statistic."""
         value = getattr(self, which.value)
         if value is None:
-            raise LookupError(f"layer {self.name!r} has no statistic {which.value!r}: declare it in the criterion's needs")
+            raise LookupError(
+                f"layer {self.name!r} has no statistic {which.value!r}: declare it in the criterion's needs"
+            )
         return value
 
 
@@ -163,9 +165,7 @@ class MaskSet(Mapping[str, BoolTensor]):
             if name not in parameters:
                 raise KeyError(f"the model has no parameter {name!r}; the mask was made for another model")
             if parameters[name].shape != mask.shape:
-                raise ValueError(
-                    f"parameter {name!r} is {tuple(parameters[name].shape)}, its mask {tuple(mask.shape)}"
-                )
+                raise ValueError(f"parameter {name!r} is {tuple(parameters[name].shape)}, its mask {tuple(mask.shape)}")
             parameters[name].masked_fill_(~mask.to(parameters[name].device), 0)
 
 
@@ -308,7 +308,9 @@ class Report:
     title: str
     before: Measurement
     after: Measurement
-    metric: str | None = None  #: name of the quality that the curves show; higher is better unless it says loss or perplexity
+    metric: str | None = (
+        None  #: name of the quality that the curves show; higher is better unless it says loss or perplexity
+    )
     layers: tuple[LayerReport, ...] = ()
     skipped: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
