@@ -54,9 +54,7 @@ def find_layers(
     modules = {n for n, _ in model.named_modules()}
     for pattern in (*(layers or ()), *ignore):
         if not any(matches(pattern, n) for n in names):
-            raise UnknownName(
-                "layer", pattern, {*names, *(m for m in modules if any(n.startswith(m + ".") for n in names))}
-            )
+            raise UnknownName("layer", pattern, {*names, *(m for m in modules if any(n.startswith(m + ".") for n in names))})
     found: dict[str, Layer] = {}
     for name, layer in candidates.items():
         if layers is not None and not any(matches(p, name) for p in layers):
@@ -114,9 +112,7 @@ def _candidates(model: nn.Module, *, explicit: bool) -> tuple[dict[str, Layer], 
                 continue
             seen.add(id(parameter))
             if id(parameter) in embeddings:
-                skipped[name] = (
-                    f"tied to the embedding {embeddings[id(parameter)]!r}: pruning it would prune the embedding"
-                )
+                skipped[name] = f"tied to the embedding {embeddings[id(parameter)]!r}: pruning it would prune the embedding"
                 continue
             others = tuple(n for n in aliases[id(parameter)] if n != name)
             found[name] = Layer(name, module_name, module, parameter, swap, others)
@@ -145,9 +141,7 @@ def _is_weight(module: nn.Module, local: str) -> tuple[bool, bool]:
 def _unfit(layer: Layer) -> str | None:
     parameter = layer.parameter
     if parameter.is_meta:
-        raise LayerError(
-            f"the weight {layer.name!r} is on the meta device and has no values. Load the weights before pruning."
-        )
+        raise LayerError(f"the weight {layer.name!r} is on the meta device and has no values. Load the weights before pruning.")
     if parameter.is_complex():
         return f"complex weights ({parameter.dtype}) have no order to prune by"
     if not parameter.is_floating_point():

@@ -59,9 +59,7 @@ class LayerStats:
         """The statistic `which`, or a LookupError that names the layer and the missing statistic."""
         value = getattr(self, which.value)
         if value is None:
-            raise LookupError(
-                f"layer {self.name!r} has no statistic {which.value!r}: declare it in the criterion's needs"
-            )
+            raise LookupError(f"layer {self.name!r} has no statistic {which.value!r}: declare it in the criterion's needs")
         return value
 
 
@@ -308,9 +306,7 @@ class Report:
     title: str
     before: Measurement
     after: Measurement
-    metric: str | None = (
-        None  #: name of the quality that the curves show; higher is better unless it says loss or perplexity
-    )
+    metric: str | None = None  #: name of the quality that the curves show; higher is better unless it says loss or perplexity
     layers: tuple[LayerReport, ...] = ()
     skipped: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()

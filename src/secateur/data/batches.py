@@ -78,9 +78,7 @@ def default_loss(model: nn.Module, batch: Batch) -> Tensor:
         return own
     labels = labels_of(batch)
     if labels is None:
-        raise DataError(
-            "these batches have no labels: give (inputs, labels), a mapping with 'labels', or your own loss="
-        )
+        raise DataError("these batches have no labels: give (inputs, labels), a mapping with 'labels', or your own loss=")
     logits = output_tensor(output)
     return F.cross_entropy(logits.float(), labels.to(logits.device))
 
