@@ -72,7 +72,7 @@ def target_sparsity(sparsity: object, pattern: Pattern) -> float:
         return check_sparsity(sparsity)
     if sparsity is not None and abs(check_sparsity(sparsity) - pattern.sparsity) > 1e-9:
         raise RecipeError(
-            f"pattern {pattern.name} removes exactly {pattern.sparsity:g} of the weights; sparsity={sparsity!r} contradicts it. "
+            f"pattern {pattern.name} removes exactly {pattern.sparsity:g} of the weights; sparsity={sparsity!r} is another. "
             "Leave the sparsity out."
         )
     return pattern.sparsity
