@@ -130,7 +130,7 @@ class SquaredGradients:
         per_sample = torch.func.vmap(torch.func.grad(loss_of_one), in_dims=(None, *(0 for _ in split)))
         totals: list[Tensor] = []
         for start in range(0, size, self._chunk):
-            with torch.no_grad():
+            with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # fused attention has no batching rule
                 found = per_sample(parameters, *(leaves[i][start : start + self._chunk] for i in split))
                 squares = [found[name].float().square_().sum(0) for name in parameters]
             totals = squares if not totals else [a.add_(b) for a, b in zip(totals, squares, strict=True)]

@@ -29,9 +29,7 @@ def synflow_gradient(model: nn.Module, example: Batch, layers: Sequence[Layer]) 
     for dtype in (torch.float32, torch.float64):
         value, found = _gradient(model, example, layers, dtype)
         largest = max((float(g.abs().amax()) for g in found.values()), default=0.0)
-        if torch.finfo(dtype).tiny < largest <= torch.finfo(dtype).max and all(
-            bool(g.isfinite().all()) for g in found.values()
-        ):
+        if largest > torch.finfo(dtype).tiny and all(bool(g.isfinite().all()) for g in found.values()):
             break
     else:
         if largest == 0.0:
