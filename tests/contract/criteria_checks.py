@@ -137,7 +137,13 @@ def _leaves(value: object) -> list:
 
 
 def score_all(
-    entry: Entry, model: nn.Module, batches: list, *, collect: Collect = collect, loss=None, layers: dict[str, Layer] | None = None
+    entry: Entry,
+    model: nn.Module,
+    batches: list,
+    *,
+    collect: Collect = collect,
+    loss=None,
+    layers: dict[str, Layer] | None = None,
 ) -> dict[str, Tensor]:
     layers = find_layers(model)[0] if layers is None else layers
     stats = collect(model, layers, entry.facts["needs"], batches=Batches(batches), loss=loss).layers
@@ -226,5 +232,3 @@ def regression(steps: int = 300) -> tuple[nn.Sequential, Tensor, Tensor]:
         optimizer.step()
     optimizer.zero_grad()
     return model, x, y
-
-

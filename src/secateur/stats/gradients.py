@@ -15,6 +15,7 @@ from secateur.data.batches import Batch, Loss, samples_of, size_of
 from secateur.errors import DataError
 from secateur.layers import Layer
 from secateur.stats.guard import leaves_and_spec
+from secateur.stats.swap import swapped
 
 log = logging.getLogger("secateur")
 #: Bytes of per-sample gradients held at once. More is not faster on any machine tried.
@@ -117,35 +118,24 @@ class SquaredGradients:
         size = size_of(batch)
         leaves, spec = leaves_and_spec(batch)
         split = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.dim() > 0 and len(leaf) == size]
-        model = _LossOf(self._model, self._loss)
-        parameters = {f"model.{layer.name}": layer.parameter.detach() for layer in self._layers}
+        parameters = [layer.parameter for layer in self._layers]
 
-        def loss_of_one(weights: dict[str, Tensor], *parts: Tensor) -> Tensor:
+        def loss_of_one(weights: list[Tensor], *parts: Tensor) -> Tensor:
             sample = list(leaves)
             for i, part in zip(split, parts, strict=True):
                 sample[i] = part.unsqueeze(0)
-            value = torch.func.functional_call(model, weights, (pytree.tree_unflatten(sample, spec),))
-            return scalar(value)
+            with swapped(self._model, zip(parameters, weights, strict=True)):
+                return scalar(self._loss(self._model, pytree.tree_unflatten(sample, spec)))
 
         per_sample = torch.func.vmap(torch.func.grad(loss_of_one), in_dims=(None, *(0 for _ in split)))
         totals: list[Tensor] = []
         for start in range(0, size, self._chunk):
             with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # fused attention has no batching rule
-                found = per_sample(parameters, *(leaves[i][start : start + self._chunk] for i in split))
-                squares = [found[name].float().square_().sum(0) for name in parameters]
+                parts = (leaves[i][start : start + self._chunk] for i in split)
+                found = per_sample([p.detach() for p in parameters], *parts)
+                squares = [g.float().square_().sum(0) for g in found]
             totals = squares if not totals else [a.add_(b) for a, b in zip(totals, squares, strict=True)]
         return totals
-
-
-class _LossOf(nn.Module):
-    """A model and its loss as one module, so that functional_call can replace the weights the loss sees."""
-
-    def __init__(self, model: nn.Module, loss: Loss):
-        super().__init__()
-        self.model, self.loss = model, loss
-
-    def forward(self, batch: Batch) -> Tensor:
-        return self.loss(self.model, batch)
 
 
 def _brief(error: Exception) -> str:

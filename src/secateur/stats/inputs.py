@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.utils.rnn import PackedSequence
 
 from secateur.data.batches import Batch, token_mask
 from secateur.errors import LayerError
 from secateur.layers import CONVOLUTIONS, TRANSPOSED, Layer
+from secateur.stats.swap import swapped
 
 #: ``reader(call) -> sums of squares``, float64, shaped to broadcast against the parameter as it is stored; None = nothing read.
 Reader = Callable[["Call"], "Tensor | None"]
@@ -186,12 +186,13 @@ def _convolution(call: Call) -> Tensor:
     x = call.first().detach()
     x = x.to(torch.promote_types(x.dtype, torch.float32)).square()
     probe = torch.ones(shape, dtype=x.dtype, device=x.device, requires_grad=True)
-    replaced = {"weight": probe}
+    replaced = [(weight, probe)]
     if module.bias is not None:
-        replaced["bias"] = torch.zeros(groups, dtype=x.dtype, device=x.device)
+        replaced.append((module.bias, torch.zeros(groups, dtype=x.dtype, device=x.device)))
     kwargs = {k: x if i == 0 and not call.args else v for i, (k, v) in enumerate(call.kwargs.items())}
-    with torch.enable_grad():
-        out = functional_call(module, replaced, (x, *call.args[1:]) if call.args else (), kwargs)
+    args = (x, *call.args[1:]) if call.args else ()
+    with torch.enable_grad(), swapped(module, replaced):
+        out = module(*args, **kwargs)
         (sums,) = torch.autograd.grad(out.sum(), probe)
     if bool((sums < 0).any()):
         raise LayerError(
@@ -216,13 +217,13 @@ def _attention_argument(index: int, name: str) -> Reader:
 
 def _attention_output(call: Call) -> Tensor:
     """Inputs of the output projection: the module's own output once that projection is the identity."""
-    projection = call.module.out_proj.weight
-    width = projection.shape[1]
-    replaced = {"out_proj.weight": torch.eye(width, dtype=projection.dtype, device=projection.device)}
-    if call.module.out_proj.bias is not None:
-        replaced["out_proj.bias"] = replaced["out_proj.weight"].new_zeros(width)
-    with torch.no_grad():
-        out = functional_call(call.module, replaced, call.args, call.kwargs)
+    projection = call.module.out_proj
+    width = projection.weight.shape[1]
+    replaced = [(projection.weight, torch.eye(width, dtype=projection.weight.dtype, device=projection.weight.device))]
+    if projection.bias is not None:
+        replaced.append((projection.bias, torch.zeros_like(projection.bias)))
+    with torch.no_grad(), swapped(call.module, replaced):
+        out = call.module(*call.args, **call.kwargs)
     return call.squares(out[0])[None, :]
 
 

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from secateur.data.batches import Batch, device_of, inputs_of, output_tensor, samples_of, to_device
 from secateur.errors import LayerError, NonFiniteError
 from secateur.layers import Layer
 from secateur.stats.guard import check_reached
+from secateur.stats.swap import swapped
 
 _LABELS = ("labels", "label", "targets", "target")
 
@@ -47,12 +47,12 @@ def _gradient(
     def cast(tensor: Tensor) -> Tensor:
         return tensor.detach().to(dtype) if tensor.is_floating_point() else tensor.detach()
 
-    replaced = {name: cast(p).abs() if p.is_floating_point() else p for name, p in model.named_parameters()}
-    replaced |= {name: cast(b) for name, b in model.named_buffers()}
-    first_name = {id(p): name for name, p in model.named_parameters()}
-    weights = [replaced[first_name[id(layer.parameter)]].requires_grad_() for layer in layers]
+    replaced = {p: cast(p).abs() if p.is_floating_point() else p for p in model.parameters()}
+    replaced |= {b: cast(b) for b in model.buffers()}
+    weights = [replaced[layer.parameter].requires_grad_() for layer in layers]
     args, kwargs = _ones(model, example, dtype)
-    value = output_tensor(functional_call(model, replaced, args, kwargs)).sum()
+    with swapped(model, replaced.items()):
+        value = output_tensor(model(*args, **kwargs)).sum()
     found = torch.autograd.grad(value, weights, allow_unused=True) if value.requires_grad else [None] * len(weights)
     check_reached([la.name for la, g in zip(layers, found, strict=True) if g is None], "SynFlow's signal")
     return value, {la.name: la.canonical(g) for la, g in zip(layers, found, strict=True) if g is not None}
