@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -16,8 +17,9 @@ def swapped(model: nn.Module, pairs: Iterable[tuple[Tensor, Tensor]]) -> Iterato
     (torch 2.13), and stale copies in recurrent modules.
     """
     new = {id(old): tensor for old, tensor in pairs}
-    places: list[tuple[dict[str, Tensor | None], str, Tensor]] = []
+    places: list[tuple[dict[str, Any], str, Tensor]] = []
     for module in model.modules():
+        members: dict[str, Any]
         for members in (module._parameters, module._buffers):
             places += [(members, name, old) for name, old in members.items() if old is not None and id(old) in new]
     try:

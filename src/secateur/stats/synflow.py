@@ -47,7 +47,7 @@ def _gradient(
     def cast(tensor: Tensor) -> Tensor:
         return tensor.detach().to(dtype) if tensor.is_floating_point() else tensor.detach()
 
-    replaced = {p: cast(p).abs() if p.is_floating_point() else p for p in model.parameters()}
+    replaced: dict[Tensor, Tensor] = {p: cast(p).abs() if p.is_floating_point() else p for p in model.parameters()}
     replaced |= {b: cast(b) for b in model.buffers()}
     weights = [replaced[layer.parameter].requires_grad_() for layer in layers]
     args, kwargs = _ones(model, example, dtype)
