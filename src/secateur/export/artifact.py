@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from secateur.errors import ArtifactError, did_you_mean
 from secateur.export import container, manifest
-from secateur.export.atomic import replacing, write_synced
+from secateur.export.atomic import check_replaceable, replacing, write_synced
 from secateur.export.encode import FORMATS, Encoder, Format, same_bits
 from secateur.export.manifest import FileEntry, Manifest
 from secateur.export.masks import mask_parts
@@ -101,6 +101,11 @@ def save(
     return Path(directory)
 
 
+def check_target(directory: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+    """Raise now the ArtifactError that `save` would raise later: before hours of work, not after them."""
+    check_replaceable(directory, overwrite=overwrite, foreign=_foreign)
+
+
 def load(directory: str | os.PathLike[str], *, model: nn.Module | None = None) -> nn.Module:
     """The model saved in `directory`, checked against its hashes.
 
@@ -139,18 +144,21 @@ def _weight_parts(state: State, format: Format) -> dict[str, Encoder]:
                     f"the tensors {keys[part.key]!r} and {name!r} would both be stored as {part.key!r}; rename one"
                 )
             keys[part.key] = name
-        if (
-            encoder.kind == "parameter"
-            and encoder.encoding != "dense"
-            and encoder.negative_zeros > 0.01 * encoder.tensor.numel()
-        ):
+    _mention_negative_zeros(weights)
+    return weights
+
+
+def _mention_negative_zeros(weights: Mapping[str, Encoder]) -> None:
+    """Say why a pruned model is larger than its sparsity promises."""
+    for name, encoder in weights.items():
+        worth = encoder.negative_zeros > 0.01 * encoder.tensor.numel()
+        if worth and encoder.kind == "parameter" and encoder.encoding != "dense":
             log.warning(
                 "%s holds %d negative zeros (-0.0), as weight * mask makes them. They are stored as values, so that every "
                 "bit comes back; weight.masked_fill_(~mask, 0) instead makes the file smaller.",
                 name,
                 encoder.negative_zeros,
             )
-    return weights
 
 
 def _texts(

@@ -59,6 +59,17 @@ def replacing(
         raise _explained(error, target, needed) from error
 
 
+def check_replaceable(directory: str | os.PathLike[str], *, overwrite: bool, foreign: Callable[[Path], str | None]) -> None:
+    """Raise the ArtifactError with which `replacing` would begin, and leave everything as it is."""
+    target = Path(os.path.realpath(directory))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(target):
+            _check_target(target, overwrite, foreign)
+    except OSError as error:
+        raise _explained(error, target, 0) from error
+
+
 def write_synced(path: Path, data: bytes) -> None:
     """Write a new file and make sure that it is on the disk."""
     with open(path, "xb") as file:
