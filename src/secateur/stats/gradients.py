@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import textwrap
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -142,4 +143,4 @@ class SquaredGradients:
 
 
 def _brief(error: Exception) -> str:
-    return str(error).strip().split("\n")[0][:200] or type(error).__name__
+    return textwrap.shorten(str(error).partition("\n")[0], 120, placeholder=" ...") or type(error).__name__
