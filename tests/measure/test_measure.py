@@ -7,6 +7,7 @@ from torch import nn
 
 from secateur.errors import ModelError
 from secateur.measure.measure import measure
+from secateur.models.torchvision_shim import prepare_torchvision
 
 
 def test_without_an_example_only_sizes():
@@ -54,6 +55,7 @@ def test_a_real_network_with_everything():
 
 def test_a_small_transformer_with_a_mapping():
     transformers = pytest.importorskip("transformers")
+    prepare_torchvision()
     config = transformers.BertConfig(
         vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, num_labels=3
     )

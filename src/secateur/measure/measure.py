@@ -28,7 +28,7 @@ def measure(
     warmup: int | None = None,
     threads: int | None = None,
 ) -> Measurement:
-    """Parameters, nonzeros, bytes in memory and on disk; with an `example`, multiply-adds and latency; with `evaluate`, quality.
+    """Parameters, nonzeros and bytes; with an `example` also multiply-adds and latency, with `evaluate` also quality.
 
     Args:
         model: any module; it is left as it was, in the mode it was in.
