@@ -24,7 +24,7 @@ def before_after(report: Report) -> Table:
 
         rich.print(before_after(result.report))
     """
-    table = _table(fmt.printable(report.title))
+    table = _table(report.title)
     table.add_column("", ratio=1, min_width=18)
     for head in ("Before", "After", "Change"):
         table.add_column(head, justify="right")
@@ -103,4 +103,4 @@ def _table(title: str) -> Table:
 def _text(text: str, style: str = "") -> Text:
     from rich.text import Text
 
-    return Text(text, style=style)  # Text and not str: square brackets in names are no markup
+    return Text(fmt.printable(text), style=style)  # Text and not str: square brackets in names are no markup
