@@ -184,10 +184,24 @@ def test_recurrent_cells_and_what_no_hook_can_see():
     torch.testing.assert_close(found.input_norm, x.reshape(-1, 4).norm(dim=0)[None])
 
 
+def test_a_convolution_with_a_forward_of_its_own():
+    class Same(nn.Conv2d):
+        """Pads by itself, as converted TensorFlow models do."""
+
+        def forward(self, x):
+            return F.conv2d(F.pad(x, (0, 1, 0, 1)), self.weight, self.bias, self.stride, 0, 1, self.groups)
+
+    for groups in (1, 4):
+        module, x = Same(4, 8, 3, stride=2, groups=groups), torch.randn(5, 4, 6, 6)
+        found = norms(module, [x])["weight"]
+        torch.testing.assert_close(found.expand(module.weight.shape), brute_force(module, x), rtol=1e-5, atol=1e-6)
+
+
 def test_a_convolution_that_transforms_its_weight_is_refused():
     class Standardised(nn.Conv2d):
         def forward(self, x):
-            weight = self.weight * torch.tensor([1.0, -1, 1])
+            weight = self.weight.reshape(1, self.out_channels, -1)
+            weight = F.batch_norm(weight, None, None, training=True).view_as(self.weight)
             return F.conv2d(x, weight, self.bias)
 
     with pytest.raises(LayerError, match="Standardised transforms its weight"):

@@ -18,7 +18,7 @@ from secateur.layers import Layer, check_finite
 from secateur.progress import track
 from secateur.stats import nonfinite
 from secateur.stats.gradients import SquaredGradients, Sums, gradients, hessian_gradient, scalar
-from secateur.stats.guard import check_reached, ordinary, untouched
+from secateur.stats.guard import check_reached, listed, ordinary, untouched
 from secateur.stats.inputs import InputNorms
 from secateur.stats.synflow import synflow_gradient
 from secateur.types import LayerStats, Need
@@ -83,6 +83,9 @@ def collect(
             sample = ordinary(next(iter(batches)) if example is None and batches is not None else example)
             found[Need.SYNFLOW_GRAD], note = synflow_gradient(model, sample, list(layers.values()))
             notes += [note] if note else []
+    notes += _zeros(found)
+    for note in notes:
+        log.warning(note)
     stats = {
         name: LayerStats(
             name=name,
@@ -162,7 +165,7 @@ class _Pass:
             check_reached([la.name for la, seen in zip(self.layers, self.reached, strict=True) if not seen], "the loss")
         found: dict[Need, dict[str, Tensor]] = {}
         if self.norms is not None:
-            check_reached([la.name for la in self.layers if la.name not in self.norms.seen], "the data")
+            check_reached([la.name for la in self.layers if la.name not in self.norms.seen], "a call of the module")
             found[Need.INPUT_NORM] = {la.name: self.norms.norm(la) for la in self.layers}
         if self.first is not None:
             found[Need.GRAD_ONE] = self.first.mean(1)
@@ -198,6 +201,16 @@ def _check_request(wanted: frozenset[Need], batches: Batches | None, example: Ba
             raise DataError(f"the statistic {need.value!r} needs calibration data: give data=, an iterable of batches")
     if Need.SYNFLOW_GRAD in wanted and batches is None and example is None:
         raise DataError("the statistic 'synflow_grad' needs the shape of an input: give example= or data=")
+
+
+def _zeros(found: Mapping[Need, Mapping[str, Tensor]]) -> list[str]:
+    """A note for each statistic that is zero throughout a layer: dead or saturated units, or all weights gone."""
+    notes = []
+    for need, tensors in found.items():
+        names = [name for name, tensor in tensors.items() if not tensor.any()]
+        if names:
+            notes.append(f"the statistic {need.value!r} is zero throughout {listed(names)}: it ranks no weights there")
+    return notes
 
 
 def _tracked(batches: Batches, what: str) -> Iterator[Any]:

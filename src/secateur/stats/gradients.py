@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import textwrap
 import warnings
 from collections.abc import Sequence
@@ -19,7 +18,6 @@ from secateur.layers import Layer
 from secateur.stats.guard import leaves_and_spec
 from secateur.stats.swap import swapped
 
-log = logging.getLogger("secateur")
 #: Bytes of per-sample gradients held at once. More is not faster on any machine tried.
 CHUNK_BYTES = 128 << 20
 
@@ -106,7 +104,6 @@ class SquaredGradients:
             sums = self._vectorised(batch)
         except Exception as error:  # whatever vmap cannot do; a fault of the model itself shows again in the loop
             self.note = f"per-sample gradients were taken one sample at a time, as they cannot be vectorised: {_brief(error)}"
-            log.warning(self.note)
             self._one_by_one(batch)
             return
         self.sums.add(sums)
