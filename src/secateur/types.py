@@ -69,6 +69,7 @@ class Pattern(Protocol):
 
     name: str
     sparsity: float | None  #: the sparsity the pattern itself fixes (n:m), or None where the user chooses
+    whole_outputs: bool  #: whether a unit is all of an output, so that its bias goes with it
 
     def refuses(self, shape: torch.Size) -> str | None:
         """The reason why a canonical weight of this shape cannot have the pattern, or None where it can."""
