@@ -309,12 +309,11 @@ def test_stopped_at_any_step_it_ends_in_the_same_bits(uninterrupted, tmp_path, m
     assert_same_run(finished(path), uninterrupted)
 
 
-def child(path, *, every_s="0"):
+def child(path, *, every_s="0", pause_at=0):
+    pipe, script = subprocess.PIPE, str(Path(__file__).parent / "resumable.py")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    script = str(Path(__file__).parent / "resumable.py")
-    return subprocess.Popen(
-        [sys.executable, script, str(path), every_s], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    command = [sys.executable, script, str(path), every_s, str(pause_at)]
+    return subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
 
 
 def wait_for_steps(process, steps):
@@ -329,7 +328,7 @@ def test_killed_process_resumes_to_the_same_bits(uninterrupted, tmp_path, steps)
     path = tmp_path / "state.safetensors"
     process = child(path)
     wait_for_steps(process, steps)
-    time.sleep(0.003 * steps % 0.01)
+    time.sleep(steps % 7 / 1000)  # somewhere in a step, or in the middle of a save
     process.send_signal(signal.SIGKILL)
     process.communicate(timeout=60)
     assert path.exists()
@@ -338,12 +337,12 @@ def test_killed_process_resumes_to_the_same_bits(uninterrupted, tmp_path, steps)
 
 def test_ctrl_c_saves_and_says_how_to_go_on(uninterrupted, tmp_path):
     path = tmp_path / "state.safetensors"
-    process = child(path, every_s="1000")
+    process = child(path, every_s="1000", pause_at=9)
     wait_for_steps(process, 9)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate("go on\n", timeout=60)
     assert process.returncode == 130, errors
-    assert "stopped after step" in errors
+    assert "stopped after step 9 of 45" in errors
     assert str(path) in errors
     assert_same_run(finished(path), uninterrupted)
 
