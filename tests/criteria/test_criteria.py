@@ -88,7 +88,14 @@ def test_synflow_without_flow_says_so():
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
     for parameter in model.parameters():
         nn.init.zeros_(parameter)
-    with pytest.raises(LayerError, match="no flow"):
+    with pytest.raises(LayerError, match="dies.* 2 of the layers"):
+        synflow(model, example=torch.ones(1, 3))
+
+
+def test_synflow_that_saturates_names_the_layers():
+    model = nn.Sequential(nn.Linear(3, 3), nn.ReLU6(), nn.Linear(3, 2))
+    nn.init.constant_(model[0].bias, 10.0)
+    with pytest.raises(LayerError, match=r"saturates.* 1 of the layers: '0.weight'"):
         synflow(model, example=torch.ones(1, 3))
 
 
@@ -98,11 +105,10 @@ def test_synflow_takes_token_ids_as_they_are():
             super().__init__()
             self.embed, self.fc = nn.Embedding(5, 4), nn.Linear(4, 2, bias=False)
 
-        def forward(self, input_ids, labels=None):
-            assert labels is None
+        def forward(self, input_ids):
             return self.fc(self.embed(input_ids).mean(1))
 
     model = Tokens()
-    found = synflow(model, example={"input_ids": torch.tensor([[1, 3], [2, 2]]), "labels": torch.tensor([0, 1])})
+    found = synflow(model, example={"input_ids": torch.tensor([[1, 3], [2, 2]])})
     expected = model.embed.weight[[1, 3]].abs().mean(0).detach()
     torch.testing.assert_close(found.layers["fc.weight"].synflow_grad, expected.expand(2, 4))

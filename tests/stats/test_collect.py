@@ -466,5 +466,5 @@ def test_a_statistic_that_is_zero_throughout_a_layer_is_noted():
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU6(), nn.Linear(4, 2))
     with torch.no_grad():
         model[0].bias.fill_(1e6)  # saturated: no gradient passes
-    found = run(model, [(torch.randn(4, 3), torch.tensor([0, 1, 1, 0]))], {Need.GRAD, Need.SYNFLOW_GRAD})
+    found = run(model, [(torch.randn(4, 3), torch.tensor([0, 1, 1, 0]))], {Need.GRAD, Need.GRAD_SQ})
     assert [("'0.weight'" in n, "'2.weight'" in n) for n in found.notes] == [(True, False)] * 2

@@ -162,10 +162,14 @@ class _Pass:
     def results(self, batches: Batches) -> dict[Need, dict[str, Tensor]]:
         """The statistics in canonical orientation, checked: every layer reached, every value finite."""
         if self.differentiate:
-            check_reached([la.name for la, seen in zip(self.layers, self.reached, strict=True) if not seen], "the loss")
+            check_reached(
+                [la.name for la, seen in zip(self.layers, self.reached, strict=True) if not seen], "the loss does not reach"
+            )
         found: dict[Need, dict[str, Tensor]] = {}
         if self.norms is not None:
-            check_reached([la.name for la in self.layers if la.name not in self.norms.seen], "a call of the module")
+            check_reached(
+                [la.name for la in self.layers if la.name not in self.norms.seen], "no call was seen of the modules of"
+            )
             found[Need.INPUT_NORM] = {la.name: self.norms.norm(la) for la in self.layers}
         if self.first is not None:
             found[Need.GRAD_ONE] = self.first.mean(1)

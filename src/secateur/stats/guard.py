@@ -47,11 +47,11 @@ def ordinary(batch: Batch) -> Batch:
 
 
 def check_reached(missing: Sequence[str], what: str) -> None:
-    """Raise LayerError naming the layers that `what`, the loss or the data, did not reach."""
+    """Raise LayerError naming the layers of which `what` is true, as in "the loss does not reach"."""
     if missing:
         raise LayerError(
-            f"{what} does not reach {len(missing)} of the layers: {listed(missing)}. "
-            "Leave them out with ignore=, or give data and a loss that use them."
+            f"{what} {len(missing)} of the layers: {listed(missing)}. "
+            "Leave them out with ignore=, take another criterion, or give data and a loss that use them."
         )
 
 
