@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import doctest
 import getpass
 import json
 import socket
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from secateur.errors import LayerError
-from secateur.report import build
+from secateur.report import build, metric, pareto
 
 
 def test_histogram_counts_like_numpy_and_loses_nothing():
@@ -111,3 +112,9 @@ def test_environment_has_what_figures_depend_on_and_names_nobody():
     assert socket.gethostname() not in words
     assert getpass.getuser() not in words
     assert "/" not in found["System"].replace("GNU/Linux", "")
+
+
+@pytest.mark.parametrize("module", [build, metric, pareto])
+def test_docstring_examples(module):
+    result = doctest.testmod(module)
+    assert (result.failed, result.attempted > 0) == (0, True)

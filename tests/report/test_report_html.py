@@ -223,3 +223,21 @@ def test_mask_image_has_one_pixel_for_each_cell():
     assert image.shape == (2, 2, 4)
     assert image[..., 3].tolist() == [[0, 128], [255, 64]]
     assert picture.mask_image(((0.0, 0.0),))[1] == 1.0
+
+
+def luminance(colour: str) -> float:
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def test_every_text_colour_has_contrast_in_light_and_dark(pages):
+    light, dark = (
+        dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6});", block)) for block in pages["small"].split("@media screen")[:2]
+    )
+    assert set(light) == set(dark)
+    for theme in (light, dark):
+        for name in ("ink", "muted", "leaf", "bad", *(f"s{i}" for i in range(8))):
+            for ground in ("page", "surface"):
+                low, high = sorted((luminance(theme[name]), luminance(theme[ground])))
+                assert (high + 0.05) / (low + 0.05) >= 4.5, (name, ground)
