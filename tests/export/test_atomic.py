@@ -68,25 +68,30 @@ def test_killed_at_any_moment_it_is_the_old_or_the_new_one(tmp_path, monkeypatch
         monkeypatch.setattr(atomic, "_exchange", lambda one, other: False)
     folder = tmp_path / "a"
     save(model(1), folder)
-    rng, current, seen = random.Random(0), 1.0, set()
+    start = time.perf_counter()
+    save(model(1), folder, overwrite=True)
+    one_save, rng, current = time.perf_counter() - start, random.Random(0), 1.0
 
-    def keep_saving():
-        torch.set_num_threads(1)
+    def keep_saving(done):
         value = current
         while True:
             value += 1
             save(model(value), folder, overwrite=True)
+            os.write(done, b".")
 
-    for _ in range(25):
-        pid = fork(keep_saving)
-        time.sleep(rng.uniform(0.005, 0.06))
+    for kill in range(25):
+        reader, writer = os.pipe()
+        pid = fork(lambda writer=writer: keep_saving(writer))
+        os.close(writer)
+        for _ in range(kill % 3):
+            assert os.read(reader, 1) == b"."
+        time.sleep(rng.uniform(0, 2 * one_save))
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
+        os.close(reader)
         found = value_of(folder)
-        assert found >= current
-        seen.add(found)
+        assert found >= current + kill % 3, "a save that had returned is lost"
         current = found
-    assert len(seen) > 5, "the kills came before anything was saved"
     save(model(0), folder, overwrite=True)
     assert value_of(folder) == 0
     assert only(folder)
@@ -129,17 +134,17 @@ def test_a_kill_at_every_step_of_the_two_renames(tmp_path, monkeypatch):
 def test_readers_never_see_a_mixture(tmp_path):
     folder = tmp_path / "a"
     save(model(1), folder)
-    pid = fork(lambda: [save(model(v), folder, overwrite=True) for v in range(2, 60)])
+    pid = fork(lambda: [save(model(v), folder, overwrite=True) for v in range(2, 40)])
     try:
         values = []
         while os.waitpid(pid, os.WNOHANG)[0] == 0:
             values.append(value_of(folder))
         assert values == sorted(values)
-        assert len(set(values)) > 2
+        assert len(values) > 2
     except BaseException:
         os.kill(pid, signal.SIGKILL)
         raise
-    assert value_of(folder) == 59
+    assert value_of(folder) == 39
 
 
 def test_without_overwrite_nothing_is_replaced(tmp_path):
