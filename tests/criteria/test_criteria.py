@@ -88,7 +88,7 @@ def test_synflow_without_flow_says_so():
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
     for parameter in model.parameters():
         nn.init.zeros_(parameter)
-    with pytest.raises(LayerError, match="dies.* 2 of the layers"):
+    with pytest.raises(LayerError, match=r"dies.* 2 of the layers"):
         synflow(model, example=torch.ones(1, 3))
 
 
