@@ -32,7 +32,7 @@ class Block(nn.Module):
         self.bn2 = nn.BatchNorm2d(width)
         self.stride, self.pad = stride, (width - width_in) // 2
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
         out = self.bn2(self.conv2(self.bn1(self.conv1(x)).relu()))
         if self.stride != 1 or self.pad:
             x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.pad, self.pad))
@@ -57,7 +57,7 @@ class ResNet(nn.Module):
         first = Block(width_in, width, stride)
         return nn.Sequential(first, *(Block(width, width, 1) for _ in range(blocks - 1)))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
         out = self.bn1(self.conv1(x)).relu()
         out = self.layer3(self.layer2(self.layer1(out)))
         return self.linear(out.mean((2, 3)))

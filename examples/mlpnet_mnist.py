@@ -29,7 +29,7 @@ class MLPNet(nn.Module):
         self.fc2 = nn.Linear(40, 20, bias=False)
         self.fc3 = nn.Linear(20, 10, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
         hidden = self.fc1(x.flatten(1)).relu()
         return self.fc3(self.fc2(hidden).relu())
 

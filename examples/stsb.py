@@ -48,7 +48,7 @@ def embed(model: nn.Module, sentences: list[str], batch_size: int = 64) -> Tenso
 
 def ranks(values: Tensor) -> Tensor:
     """Ranks from 0, equal values sharing the mean of theirs."""
-    distinct, inverse, counts = values.unique(return_inverse=True, return_counts=True)
+    _, inverse, counts = values.unique(return_inverse=True, return_counts=True)
     last = counts.cumsum(0).double()
     return (last - (counts.double() + 1) / 2)[inverse]
 

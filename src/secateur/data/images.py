@@ -75,7 +75,7 @@ def preparation(
 
 
 def decode(encoded: bytes | Path, name: str, prepare: Preparation) -> Tensor:
-    """An encoded image as uint8 ``[channels, height, width]``, resized and cropped. Raises DataError naming an unreadable one."""
+    """An encoded image as uint8 ``[channels, height, width]``, resized and cropped. Raises DataError where it is unreadable."""
     pil = import_pillow()
     source: Any = io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded
     try:

@@ -33,7 +33,7 @@ _LAYOUTS = ("nchw", "nhwc", "nhw", "flat")
 
 @dataclass(frozen=True)
 class Arrays:
-    """Samples in an array. uint8 are pixels (``[n, channels, height, width]`` by now); all other types are passed as they are."""
+    """Samples in an array: uint8 are pixels, ``[n, channels, height, width]`` by now; other types are passed as they are."""
 
     x: Tensor
     y: Tensor | None
@@ -125,6 +125,8 @@ def from_npz(
         y = _labels(parts.get("y"), len(offset) - 1, path)
         return EncodedImages(parts["jpeg"], offset, y, prepare, flat, path.name)
     x = _samples(parts["x"], None if flat else layout, path)
+    if x.dtype != torch.uint8 and any(v is not None for v in (size, resize, gray)):
+        raise DataError(f"the samples in {str(path)!r} are {parts['x'].dtype}: only uint8 images can be resized or made gray")
     prepare = preparation(loaded if x.dtype == torch.uint8 else None, **options)
     return Arrays(x, _labels(parts.get("y"), len(x), path), prepare, flat, path.name)
 
@@ -232,6 +234,9 @@ def _samples(x: np.ndarray, layout: str | None, path: Path) -> Tensor:
 
 
 def _guess(x: np.ndarray) -> str | None:
+    """The layout of pixels that do not say it; arrays of other types are left as they are."""
+    if x.dtype != np.uint8:
+        return None
     if x.ndim == 4 and x.shape[3] in (1, 3, 4) and x.shape[1] not in (1, 3):
         return "nhwc"
-    return "nhw" if x.ndim == 3 and x.dtype == np.uint8 else None
+    return "nhw" if x.ndim == 3 else None

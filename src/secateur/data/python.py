@@ -30,7 +30,8 @@ class MapSamples:
     def batch(self, indices: Sequence[int]) -> Batch:
         """The samples, collated by torch's default_collate."""
         with blaming(f"the dataset of {self.name}", DataError):
-            return default_collate([self.dataset[i] for i in indices])
+            batch = default_collate([self.dataset[i] for i in indices])
+        return tuple(batch) if isinstance(batch, list) else batch
 
 
 @DATA.register(CALLABLE, source="the user's own code")

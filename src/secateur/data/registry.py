@@ -11,9 +11,11 @@ from secateur.registry import Registry
 
 @runtime_checkable
 class Samples(Protocol):
-    """Samples that are made when they are asked for. `classes` names the labels where the source does."""
+    """Samples that are made when they are asked for."""
 
-    classes: tuple[str, ...] | None
+    @property
+    def classes(self) -> tuple[str, ...] | None:
+        """Names of the labels, where the source states them."""
 
     def __len__(self) -> int:
         """How many there are."""

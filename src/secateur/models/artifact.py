@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from secateur.errors import ModelError
 from secateur.models.loaded import Loaded
-from secateur.models.registry import MODELS
+from secateur.models.registry import MODELS, noting
 from secateur.sources import Source
 
 
@@ -17,4 +19,7 @@ def from_artifact(source: Source) -> Loaded:
         raise ModelError(f"the directory {source.rest!r} has no secateur.json; it is {found}")
     from secateur.export.artifact import load
 
-    return Loaded(load(folder), source=f"artifact:{folder}", name=folder.name)
+    with noting() as built:
+        model = load(folder)
+    known = next((b for b in built if b.model is model), Loaded(model))  # the source that it was first loaded from knows more
+    return replace(known, source=f"artifact:{folder}", name=folder.name)

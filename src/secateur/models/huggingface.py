@@ -32,15 +32,15 @@ _EXAMPLE_TEXT = "Pruning removes what a network does not need."
 def from_huggingface(
     source: Source, *, gguf_file: str | None = None, revision: str | None = None, dtype: torch.dtype | None = None
 ) -> Loaded:
-    """``hf:NAME_OR_DIR?gguf_file=x.gguf&revision=main``: the class that the checkpoint's config names, safetensors or gguf only.
+    """``hf:NAME_OR_DIR?gguf_file=x.gguf&revision=main``: the class that the checkpoint's config names.
 
-    Code of the hub is never run (`trust_remote_code` is off) and pickled weights are refused.
+    Weights are read from safetensors or gguf; pickled ones are refused, and code of the hub is never run.
     """
     transformers = _import_transformers()
     place, folder = _place(source)
     if folder is not None:
         _check_folder(folder, gguf_file)
-    given = {"trust_remote_code": False, **({"revision": revision} if revision else {})}
+    given: dict[str, Any] = {"trust_remote_code": False, "revision": revision or "main"}
     files = {"gguf_file": gguf_file} if gguf_file else {}
     with _quiet(transformers), _explained(source.rest):
         config = transformers.AutoConfig.from_pretrained(place, **given, **files)
@@ -128,7 +128,7 @@ def _tokenizer(transformers: Any, place: str, folder: Path | None, given: dict[s
 
 
 def _image(transformers: Any, place: str, model: Any) -> ImageInput | None:
-    """Preprocessing from the checkpoint's preprocessor_config.json, else from the config, for networks that take pixels alone."""
+    """Preprocessing by preprocessor_config.json, else by the config, for networks that take pixels alone."""
     if model.main_input_name != "pixel_values" or getattr(model.config, "text_config", None) is not None:
         return None
     try:

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from secateur.errors import ModelError
 from secateur.models.loaded import Loaded
-from secateur.models.registry import MODELS
+from secateur.models.registry import MODELS, note
 from secateur.models.safety import guarded
 from secateur.sources import CALLABLE, Source, parse_source
 
@@ -53,7 +53,7 @@ def load_model(source: str | os.PathLike[str], *, dtype: str | torch.dtype | Non
     if wanted is not None:
         model = model.to(wanted)
         example = _floats_to(example, wanted)
-    return replace(loaded, model=model, example=example, source=_with_dtype(loaded.source, wanted))
+    return note(replace(loaded, model=model, example=example, source=_with_dtype(loaded.source, wanted)))
 
 
 def _parse(source: str | os.PathLike[str]) -> Source:

@@ -10,6 +10,7 @@ from torch import nn
 from secateur.errors import ModelError
 from secateur.models.loaded import Loaded
 from secateur.models.registry import MODELS
+from secateur.models.safety import reseed
 from secateur.sources import CALLABLE, Source, call, find_callable
 
 
@@ -19,6 +20,7 @@ def from_callable(source: Source, **options: Any) -> Loaded:
     function, source = find_callable(source)
     if isinstance(function, nn.Module):
         raise ModelError(f"{source.rest!r} is a network, not a function that makes one: every load would share its weights")
+    reseed()
     made = call(function, source)
     if isinstance(made, nn.Module):
         made = Loaded(made)

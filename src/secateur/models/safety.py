@@ -22,7 +22,7 @@ _ENVIRONMENT = {
 
 @contextmanager
 def guarded(seed: int = 0) -> Iterator[None]:
-    """Inside the block torch loads no pickled objects and draws from `seed`; the user's generators and environment are restored.
+    """Inside the block torch loads no pickled objects and draws from `seed`; the user's generator and environment come back.
 
     The seed makes a network without pretrained weights the same each time that its source is loaded.
     """
@@ -30,7 +30,7 @@ def guarded(seed: int = 0) -> Iterator[None]:
     os.environ.update(_ENVIRONMENT)
     try:
         with torch.random.fork_rng(devices=[]):
-            torch.random.default_generator.manual_seed(seed)
+            reseed(seed)
             yield
     finally:
         for name, value in before.items():
@@ -40,8 +40,13 @@ def guarded(seed: int = 0) -> Iterator[None]:
                 os.environ[name] = value
 
 
+def reseed(seed: int = 0) -> None:
+    """Begin the draws of a `guarded` block again, once code that is run only the first time may have drawn from them."""
+    torch.random.default_generator.manual_seed(seed)
+
+
 def check_headers(folder: Path) -> None:
-    """Raise ModelError for a safetensors file in `folder` whose header claims more than `LONGEST_HEADER` or than the file has."""
+    """Raise ModelError for a safetensors file in `folder` whose header claims over `LONGEST_HEADER` or more than is there."""
     for path in sorted(folder.glob("*.safetensors")):
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")

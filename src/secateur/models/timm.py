@@ -36,13 +36,13 @@ def from_timm(source: Source, *, pretrained: bool = False, **options: Any) -> Lo
     with blaming(f"timm's {source.rest}", ModelError):
         model = timm.create_model(source.rest, pretrained=bool(pretrained), **options)
         config = timm.data.resolve_model_data_config(model)
-    image = _image(config)
+    image = _image(config, options.get("in_chans", config["input_size"][0]))
     example = torch.zeros(1, image.channels, *image.size)
     return Loaded(model, source=str(source), name=source.rest, task="image", example=example, image=image)
 
 
-def _image(config: dict[str, Any]) -> ImageInput:
-    channels, height, width = config["input_size"]
+def _image(config: dict[str, Any], channels: int) -> ImageInput:
+    _, height, width = config["input_size"]
     resize = math.floor(min(height, width) / config.get("crop_pct", 1.0))
     mean, std = _by_channel(config["mean"], channels), _by_channel(config["std"], channels)
     return ImageInput((height, width), channels, mean, std, resize, config.get("interpolation", "bilinear"))

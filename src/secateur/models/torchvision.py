@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from secateur.errors import ModelError, did_you_mean
-from secateur.models.loaded import ImageInput, Loaded
+from secateur.models.loaded import ImageInput, Loaded, Task
 from secateur.models.registry import MODELS
 from secateur.models.torchvision_shim import import_torchvision
 from secateur.sources import Source, blaming
@@ -30,7 +30,7 @@ def from_torchvision(source: Source, *, weights: str | None = None, **options: A
         model = builder(weights=chosen, **options)
     image = _image(torchvision, chosen or _default_weights(torchvision, source.rest))
     example = None if image is None else torch.zeros(1, image.channels, *image.size)
-    task = "other" if image is None else "image"
+    task: Task = "other" if image is None else "image"
     return Loaded(model, source=str(source), name=source.rest, task=task, example=example, image=image)
 
 
