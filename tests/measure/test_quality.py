@@ -38,3 +38,7 @@ def test_evaluation_mode_without_gradients_and_restored():
 def test_which_way_is_better():
     assert all(higher_is_better(n) for n in ("quality", "accuracy", "top5", "f1"))
     assert not any(higher_is_better(n) for n in ("loss", "val_Loss", "perplexity", "error", "top1_error"))
+
+
+def test_a_diverged_model_has_an_infinite_perplexity():
+    assert qualities(lambda model: {"perplexity": float("inf")}, nn.Identity())["perplexity"] == float("inf")

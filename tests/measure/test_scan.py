@@ -226,6 +226,11 @@ def test_progress_and_a_warning_before_long_work(tmp_path, monkeypatch, caplog):
         ({"layers": ["9"]}, UnknownName, "unknown layer"),
         ({"ignore": ["*"]}, LayerError, "nothing to scan"),
         ({"layers": ["0"], "pattern": "2:4"}, LayerError, "0.weight"),
+        (
+            {"evaluate": lambda m: {"b" if (m[2].weight == 0).any() else "a": 1}},
+            DataError,
+            "gave 'a' .* '2.weight' pruned to 0.1",
+        ),
         ({"evaluate": lambda m: float("nan") if (m[0].weight == 0).any() else 1.0}, DataError, "'0.weight' pruned to 0.1"),
     ],
 )

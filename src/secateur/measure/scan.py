@@ -95,6 +95,7 @@ class _Scan:
         """The curves, from the cache where it has them."""
         started = time.monotonic()
         dense = qualities(self.evaluate, self.model)
+        metric = next(iter(dense))
         each_s = time.monotonic() - started
         self._compare(dense)
         keys = {(n, s): key for n in self.layers for s, key in zip(sparsities, self._keys(n, sparsities, dense), strict=True)}
@@ -103,12 +104,16 @@ class _Scan:
         advance("scan", 0, len(missing))
         try:
             for done, (name, sparsity) in enumerate(missing, 1):
-                self.cache.put(keys[name, sparsity], self._point(name, sparsity), layer=name, sparsity=sparsity)
+                quality = self._point(name, sparsity)
+                if metric not in quality:
+                    raise DataError(
+                        f"evaluate gave {metric!r} for the dense model, and not with {name!r} pruned to {sparsity:g}"
+                    )
+                self.cache.put(keys[name, sparsity], quality, layer=name, sparsity=sparsity)
                 advance("scan", done, len(missing), name)
         except KeyboardInterrupt:
             self._say_how_to_resume(sum(key in self.cache for key in keys.values()), len(keys))
             raise
-        metric = next(iter(dense))
         return tuple(
             Sensitivity(name, (0.0, *sparsities), (dense[metric], *(self.cache[keys[name, s]][metric] for s in sparsities)))
             for name in self.layers
