@@ -336,8 +336,11 @@ def test_snip_alone_reads_one_batch_only():
                 read.append(i)
                 yield images(3)
 
-    assert run(small_cnn(), Data(), {Need.GRAD_ONE}).samples == 3
+    heard = []
+    with listening(lambda what, done, total, note: heard.append((done, total))):
+        assert run(small_cnn(), Data(), {Need.GRAD_ONE}).samples == 3
     assert read == [0]
+    assert heard[-1] == (1, 1)
 
 
 def test_one_sample_of_one_batch():

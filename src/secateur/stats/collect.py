@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import nullcontext
@@ -112,24 +113,21 @@ class _Pass:
         self.squared = SquaredGradients(model, loss, self.layers) if Need.GRAD_SQ in wanted else None
         self.reached = [False] * len(self.layers)
         self.samples = 0
-        self.first_samples = 0
 
     @property
     def notes(self) -> list[str]:
         """What went another way than the best."""
         notes = [self.squared.note] if self.squared is not None and self.squared.note else []
         if self.norms is not None and self.norms.unmasked:
-            names = ", ".join(self.norms.unmasked)
+            names = listed(self.norms.unmasked)
             notes.append(f"padding is counted in the input norms of {names}: their positions are not those of attention_mask")
         return notes
 
     def run(self, batches: Batches) -> int:
         """Go through the batches once, or through the first where no more is needed; the number of samples seen."""
         first_only = not self.wanted & (_DIFFERENTIATED - {Need.GRAD_ONE} | {Need.INPUT_NORM})
-        for index, batch in enumerate(_tracked(batches, "calibrate")):
+        for index, batch in enumerate(_tracked(batches, "calibrate", limit=1 if first_only else None)):
             self._add(index, ordinary(batch))
-            if first_only:
-                break
         return self.samples
 
     def _add(self, index: int, batch: Batch) -> None:
@@ -217,12 +215,12 @@ def _zeros(found: Mapping[Need, Mapping[str, Tensor]]) -> list[str]:
     return notes
 
 
-def _tracked(batches: Batches, what: str) -> Iterator[Any]:
+def _tracked(batches: Batches, what: str, limit: int | None = None) -> Iterator[Any]:
     try:
         total: int | None = len(batches)
     except TypeError:  # a source without a length
         total = None
-    return track(iter(batches), what, total)
+    return track(itertools.islice(batches, limit), what, total if limit is None else limit)
 
 
 def _mix(seed: int, name: str) -> int:
