@@ -78,7 +78,8 @@ def test_models_take_turns():
 def test_ratios_within_rounds():
     got = compare_latency({"slow": Sleeper(0.02), "fast": Sleeper(0.005)}, torch.zeros(1), runs=7)
     assert got["slow"].speedup == got["slow"].low == got["slow"].high == 1
-    assert 2 < got["fast"].low <= got["fast"].speedup <= got["fast"].high <= 4
+    assert 1.5 < got["fast"].low <= got["fast"].speedup <= got["fast"].high
+    assert got["fast"].speedup < 6
     assert got["fast"].latency.median_ms < got["slow"].latency.median_ms
 
 

@@ -229,7 +229,7 @@ def test_progress_and_a_warning_before_long_work(tmp_path, monkeypatch, caplog):
         (
             {"evaluate": lambda m: {"b" if (m[2].weight == 0).any() else "a": 1}},
             DataError,
-            "gave 'a' .* '2.weight' pruned to 0.1",
+            "gave 'a' .* '2.weight'",
         ),
         ({"evaluate": lambda m: float("nan") if (m[0].weight == 0).any() else 1.0}, DataError, "'0.weight' pruned to 0.1"),
     ],

@@ -41,7 +41,7 @@ def latency(
 ) -> Latency:
     """Median wall-clock milliseconds of one forward pass of `example`, with its quartiles.
 
-    The model runs in evaluation and inference mode (its warm-up without gradients) and is left in the mode it was in. Without `runs` there are as many as
+    The model runs in evaluation and inference mode and is left in the mode it was in. Without `runs` there are as many as
     fit in `seconds`, 3 to 1000; without `warmup`, at least one run and a fifth of `seconds` come first and do not count.
     `threads` limits torch for the time of the measurement. Accelerators are synchronised around each run.
 

@@ -45,7 +45,7 @@ def measure(
     cannot be saved.
 
     Raises ModelError where the model has no values or does not run on the example; DataError for an `evaluate` that
-    returns no finite number.
+    returns no number.
 
     Example:
         >>> import torch

@@ -59,7 +59,7 @@ def scan(
         A Sensitivity for each layer, in the model's order. Its first point is the dense model, at sparsity 0.
 
     Raises what `sc.prune` raises for a wrong recipe, layer or data; DataError, naming layer and sparsity, where `evaluate`
-    returns no finite number. A scan of more than a minute says beforehand in the log how long it will take.
+    returns no number. A scan of more than a minute says beforehand in the log how long it will take.
 
     Example:
         >>> import torch
@@ -107,7 +107,7 @@ class _Scan:
                 quality = self._point(name, sparsity)
                 if metric not in quality:
                     raise DataError(
-                        f"evaluate gave {metric!r} for the dense model, and not with {name!r} pruned to {sparsity:g}"
+                        f"evaluate gave {metric!r} of the dense model, but not with {name!r} pruned to {sparsity:g}"
                     )
                 self.cache.put(keys[name, sparsity], quality, layer=name, sparsity=sparsity)
                 advance("scan", done, len(missing), name)
