@@ -82,11 +82,9 @@ class Manifest(BaseModel):
 def dump(manifest: Manifest) -> bytes:
     """The text of ``secateur.json``, with a checksum of itself as the last entry."""
     content = manifest.model_dump()
-    text = json.dumps({**content, "checksum": _checksum(content)}, indent=1, ensure_ascii=False).encode() + b"\n"
+    text = _pretty({**content, "checksum": _checksum(content)}).encode()
     if len(text) > SIZE_CAP:
-        raise ArtifactError(
-            f"{NAME} would have {len(text)} bytes, more than the {SIZE_CAP} that are read back: the plan is huge"
-        )
+        raise ArtifactError(f"{NAME} would have {len(text)} bytes; only {SIZE_CAP} are read back. The plan is too large.")
     return text
 
 
