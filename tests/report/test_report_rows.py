@@ -30,8 +30,9 @@ SPARSE = Measurement(
 )
 
 
-def with_latency(measurement, median, **changes):
-    latency = dataclasses.replace(measurement.latency, median_ms=median, low_ms=median * 0.98, high_ms=median * 1.02, **changes)
+def with_latency(measurement, median, spread=0.02, **changes):
+    quartiles = {"low_ms": median * (1 - spread), "high_ms": median * (1 + spread)}
+    latency = dataclasses.replace(measurement.latency, median_ms=median, **quartiles, **changes)
     return dataclasses.replace(measurement, latency=latency)
 
 
@@ -74,6 +75,8 @@ def test_one_side_measured_is_not_a_change():
         (with_latency(SPARSE, 6.0), "2.0x faster", True),
         (with_latency(SPARSE, 24.0), "2.0x slower", False),
         (with_latency(SPARSE, 6.0, threads=1), "conditions differ", None),
+        (with_latency(SPARSE, 11.5, spread=0.06), "no faster", None),
+        (with_latency(SPARSE, 11.5, spread=0.01), "4.2% faster", True),
     ],
 )
 def test_latency_is_compared_under_equal_conditions_only(after, change, better):
