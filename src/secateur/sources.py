@@ -153,7 +153,7 @@ def existing_path(text: str, what: str, error: type[SecateurError]) -> Path:
     """`text` as an absolute path that exists; else `error`, which names the nearest neighbour in the same folder."""
     if os.path.exists(os.path.expanduser(text)):
         return Path(os.path.expanduser(text)).resolve()
-    path = Path(text).expanduser()
+    path = Path(os.path.expanduser(text))
     parent, text = path.parent, text if len(text) <= 200 else text[:200] + "..."
     if not os.path.isdir(parent):
         raise error(f"{what} {text!r} does not exist, nor does its folder {str(parent)!r}")

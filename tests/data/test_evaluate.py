@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import logging
 import math
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -100,7 +101,7 @@ def test_one_class_only_is_said(caplog):
 def test_perplexity_weighs_tokens_and_leaves_padding_out():
     model = Language()
     rows = [torch.tensor([1, 2, 3, 4, 5]), torch.tensor([6, 1, 2])]
-    nll = [-F.log_softmax(model.table.weight[a], 0)[b].item() for r in rows for a, b in zip(r[:-1], r[1:], strict=True)]
+    nll = [-F.log_softmax(model.table.weight[a], 0)[b].item() for r in rows for a, b in pairwise(r)]
     expected = math.exp(sum(nll) / len(nll))
     ids = torch.tensor([[1, 2, 3, 4, 5], [6, 1, 2, 0, 0]])
     left = torch.tensor([[1, 2, 3, 4, 5], [0, 0, 6, 1, 2]])

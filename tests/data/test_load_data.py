@@ -305,7 +305,7 @@ class TestNpz:
     def test_nan_is_refused_with_its_samples(self, npz):
         x = np.zeros((10, 2), np.float32)
         x[5, 1] = np.nan
-        with pytest.raises(DataError, match="samples 4 to 7.*1 NaN"):
+        with pytest.raises(DataError, match=r"samples 4 to 7.*1 NaN"):
             list(load_data(npz(x=x), batch_size=4))
 
     def test_one_bare_array(self, tmp_path):

@@ -11,6 +11,7 @@ from torch import nn
 
 from secateur.errors import MissingExtra, ModelError, RecipeError
 from secateur.models import MODELS, ImageInput, load_model
+from secateur.models.torchvision_shim import import_torchvision, prepare_torchvision
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -61,6 +62,19 @@ def test_what_is_drawn_is_drawn_from_seed_0_and_the_user_s_generator_is_left_alo
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(6)
     assert torch.equal(load_model(f"{nets}:make").model.weight, first)
+
+
+def test_other_libraries_load_no_pickles_and_the_user_s_own_code_may(nets, tmp_path, monkeypatch):
+    torch.save(nn.Linear(2, 3), tmp_path / "whole.pt")
+    read = f"import torch\ndef make(**_): return torch.load({str(tmp_path / 'whole.pt')!r}, weights_only=False)\n"
+    nets.write_text(read)
+    assert load_model(f"{nets}:make").model.out_features == 3
+    prepare_torchvision()
+    import timm
+
+    monkeypatch.setattr(timm, "create_model", lambda *_, **__: torch.load(tmp_path / "whole.pt", weights_only=False))
+    with pytest.raises(ModelError, match="Weights only load failed"):
+        load_model("timm:resnet18?pretrained=true")
     assert "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
 
 
@@ -69,7 +83,6 @@ def test_a_callable_may_say_more_and_is_found_from_elsewhere(nets, monkeypatch, 
     loaded = load_model("nets.py:told")
     assert loaded.image == ImageInput((8, 8))
     assert loaded.source == f"{nets}:told"
-    monkeypatch.setattr("sys.dont_write_bytecode", True)
     assert load_model("nets:make?width=3").model.in_features == 3
 
 
@@ -203,8 +216,6 @@ def test_a_wrong_depth_is_explained():
 class TestHuggingFace:
     @pytest.fixture(scope="class")
     def places(self, tmp_path_factory):
-        from secateur.models.torchvision_shim import prepare_torchvision
-
         prepare_torchvision()
         import transformers
         from tokenizers import Tokenizer, models, pre_tokenizers
@@ -339,3 +350,12 @@ class TestHuggingFace:
 
 def test_identity_of_module_and_class(nets):
     assert isinstance(load_model(f"{nets}:Net").model, nn.Identity)
+
+
+def test_a_declared_operator_is_no_implementation():
+    torchvision = import_torchvision("this test")
+    assert import_torchvision("this test") is torchvision
+    if torchvision.extension._has_ops():
+        pytest.skip("this torchvision has its compiled operators")
+    with pytest.raises((NotImplementedError, RuntimeError)):
+        torchvision.ops.nms(torch.zeros(1, 4), torch.zeros(1), 0.5)

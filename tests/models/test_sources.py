@@ -67,9 +67,9 @@ def test_whatever_the_text_it_is_parsed_or_refused_in_words(text):
     try:
         source = parse(text)
     except ModelError as error:
-        assert len(str(error)) > 15
-    else:
-        assert source.kind in (*KINDS, CALLABLE)
+        explained = str(error)
+        source = None
+    assert source.kind in (*KINDS, CALLABLE) if source else len(explained) > 15
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_deep_nesting_stays_text():
     assert parse("hf:a?b=" + "[" * 3000).options == {"b": "[" * 3000}
 
 
-@pytest.mark.parametrize("text", ["a" * 300, "x/" * 900, "~nobody/x", "\x00".replace("\x00", "?")])
+@pytest.mark.parametrize("text", ["a" * 300, "x/" * 900, "~no-such-user/x", "\x00".replace("\x00", "?")])
 def test_paths_that_cannot_be_are_absent(text):
     with pytest.raises(DataError, match="does not exist"):
         existing_path(text, "file", DataError)

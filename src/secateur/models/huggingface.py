@@ -17,7 +17,7 @@ import torch
 from secateur.errors import MissingExtra, ModelError
 from secateur.models.loaded import ImageInput, Loaded, Task
 from secateur.models.registry import MODELS
-from secateur.models.safety import check_headers
+from secateur.models.safety import check_headers, no_pickle
 from secateur.models.torchvision_shim import prepare_torchvision
 from secateur.sources import Source, blaming, existing_path
 
@@ -41,8 +41,8 @@ def from_huggingface(
     if folder is not None:
         _check_folder(folder, gguf_file)
     given: dict[str, Any] = {"trust_remote_code": False, "revision": revision or "main"}
-    files = {"gguf_file": gguf_file} if gguf_file else {}
-    with _quiet(transformers), _explained(source.rest):
+    files: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else {}
+    with no_pickle(), _quiet(transformers), _explained(source.rest):
         config = transformers.AutoConfig.from_pretrained(place, **given, **files)
         make = _class_of(transformers, config, causal=gguf_file is not None)
         safe = files or {"use_safetensors": True}

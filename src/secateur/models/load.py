@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from secateur.errors import ModelError
 from secateur.models.loaded import Loaded
 from secateur.models.registry import MODELS, note
-from secateur.models.safety import guarded
+from secateur.models.safety import seeded
 from secateur.sources import CALLABLE, Source, parse_source
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -46,7 +46,7 @@ def load_model(source: str | os.PathLike[str], *, dtype: str | torch.dtype | Non
     if not _takes_any(entry.make):
         entry.check_options("model source", options)
     given = {"dtype": wanted} if entry.facts.get("dtype") else {}
-    with guarded():
+    with seeded():
         loaded = entry.make(replace(parsed, options=options), **options, **given)
     model = _checked(loaded.model, str(source)).eval()
     example = loaded.example

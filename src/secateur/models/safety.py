@@ -21,17 +21,12 @@ _ENVIRONMENT = {
 
 
 @contextmanager
-def guarded(seed: int = 0) -> Iterator[None]:
-    """Inside the block torch loads no pickled objects and draws from `seed`; the user's generator and environment come back.
-
-    The seed makes a network without pretrained weights the same each time that its source is loaded.
-    """
+def no_pickle() -> Iterator[None]:
+    """Inside the block no torch.load, however deep in another library, runs what a pickle says. Not for the user's own code."""
     before = {name: os.environ.get(name) for name in _ENVIRONMENT}
     os.environ.update(_ENVIRONMENT)
     try:
-        with torch.random.fork_rng(devices=[]):
-            reseed(seed)
-            yield
+        yield
     finally:
         for name, value in before.items():
             if value is None:
@@ -40,8 +35,19 @@ def guarded(seed: int = 0) -> Iterator[None]:
                 os.environ[name] = value
 
 
+@contextmanager
+def seeded(seed: int = 0) -> Iterator[None]:
+    """Inside the block torch draws from `seed`; after it the user's generator goes on where it was.
+
+    So a network without pretrained weights is the same each time that its source is loaded.
+    """
+    with torch.random.fork_rng(devices=[]):
+        reseed(seed)
+        yield
+
+
 def reseed(seed: int = 0) -> None:
-    """Begin the draws of a `guarded` block again, once code that is run only the first time may have drawn from them."""
+    """Begin the draws of a `seeded` block again, once code that is run only the first time may have drawn from them."""
     torch.random.default_generator.manual_seed(seed)
 
 

@@ -10,6 +10,7 @@ import torch
 from secateur.errors import MissingExtra, ModelError, did_you_mean
 from secateur.models.loaded import ImageInput, Loaded
 from secateur.models.registry import MODELS
+from secateur.models.safety import no_pickle
 from secateur.models.torchvision_shim import prepare_torchvision
 from secateur.sources import Source, blaming
 
@@ -33,7 +34,7 @@ def from_timm(source: Source, *, pretrained: bool = False, **options: Any) -> Lo
     checkpoint = options.get("checkpoint_path")
     if checkpoint is not None and not str(checkpoint).endswith(".safetensors"):
         raise ModelError(f"checkpoint_path {checkpoint!r} is refused: a pickle can run code. Convert it to .safetensors first.")
-    with blaming(f"timm's {source.rest}", ModelError):
+    with no_pickle(), blaming(f"timm's {source.rest}", ModelError):
         model = timm.create_model(source.rest, pretrained=bool(pretrained), **options)
         config = timm.data.resolve_model_data_config(model)
     image = _image(config, options.get("in_chans", config["input_size"][0]))

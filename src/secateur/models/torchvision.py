@@ -10,6 +10,7 @@ import torch
 from secateur.errors import ModelError, did_you_mean
 from secateur.models.loaded import ImageInput, Loaded, Task
 from secateur.models.registry import MODELS
+from secateur.models.safety import no_pickle
 from secateur.models.torchvision_shim import import_torchvision
 from secateur.sources import Source, blaming
 
@@ -26,7 +27,7 @@ def from_torchvision(source: Source, *, weights: str | None = None, **options: A
     builder = torchvision.models.get_model_builder(source.rest)
     if "weights_backbone" in inspect.signature(builder).parameters:
         options.setdefault("weights_backbone", None)  # its default would download, though no weights were asked for
-    with blaming(f"torchvision's {source.rest}", ModelError):
+    with no_pickle(), blaming(f"torchvision's {source.rest}", ModelError):
         model = builder(weights=chosen, **options)
     image = _image(torchvision, chosen or _default_weights(torchvision, source.rest))
     example = None if image is None else torch.zeros(1, image.channels, *image.size)
