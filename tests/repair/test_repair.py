@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from resnet20 import ResNet20, images, trained
+from resnet20 import images, trained, untrained
 from torch import nn
 
 from secateur.errors import DataError, NonFiniteError
@@ -49,7 +49,7 @@ def test_every_kind_of_layer_and_input(norm, shape):
 
 def test_one_batch_gives_what_a_training_pass_with_momentum_one_gives():
     torch.manual_seed(0)
-    model, x = ResNet20(), torch.randn(8, 3, 32, 32)
+    model, x = untrained(), torch.randn(8, 3, 32, 32)
     peer = copy.deepcopy(model).train()
     for module in peer.modules():
         if isinstance(module, nn.BatchNorm2d):
