@@ -140,6 +140,18 @@ def test_the_rate_reaches_the_optimizer_and_clip_bounds_the_step():
     assert (model.weight - before).norm().item() == pytest.approx(0.5 * 0.2, rel=1e-4)
 
 
+def test_removed_weights_take_no_part_in_the_clipped_norm():
+    model = nn.Linear(4, 1, bias=False)
+    mask = torch.tensor([[True, False, False, False]])
+    batch = (torch.full((8, 4), 1e3), torch.zeros(8))
+    before = model.weight.detach()[0, 0].item()
+    finetune(
+        model, [batch], masks=MaskSet({"weight": mask}), steps=1, optimizer="sgd", momentum=0.0, lr=0.5, clip=0.2,
+        loss=lambda m, b: (m(b[0]) - 7).square().mean(),
+    )  # fmt: skip
+    assert abs(model.weight[0, 0].item() - before) == pytest.approx(0.5 * 0.2, rel=1e-4)
+
+
 class Source:
     """Batches whose order follows a seed."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 import logging
 import runpy
 from pathlib import Path
@@ -104,6 +105,24 @@ def test_gradual_keeps_accuracy_that_one_shot_loses():
     assert accuracy(one_shot) < accuracy(dense) - 0.2
     assert accuracy(model) > accuracy(dense) - 0.04
     assert pruner.sparsity == pytest.approx(0.9, abs=1 / TOTAL)
+
+
+@pytest.fixture
+def perverse():
+    """A criterion that keeps the smallest weights, so that removed ones, which are zero, score best."""
+    CRITERIA.register("smallest", source="a test", needs=frozenset({Need.WEIGHT}), reduction="sum")(lambda s: -s.weight.abs())
+    yield "smallest"
+    del CRITERIA._entries["smallest"]
+
+
+def test_what_is_removed_stays_removed_whatever_the_criterion_says(perverse):
+    model, before = network(), []
+    optimizer = adam(model)
+    with sc.gradual(model, optimizer, sparsity=0.8, criterion=perverse, end=20, every=5) as pruner:
+        train(model, optimizer, pruner, 20, each=lambda _: before.append(pruner.masks))
+    for early, late in itertools.pairwise(before):
+        assert not any((late[n] & ~early[n]).any() for n in late)
+    assert pruner.masks.kept() == pytest.approx(0.2 * TOTAL, abs=1)
 
 
 def served():

@@ -98,7 +98,7 @@ class Loop:
         self._order = _state_of(batches)
         iterator = iter(batches)
         for index in range(self.length):
-            seed_everything(mixed(self.seed, "batch", epoch, index))
+            seed_everything(mixed(self.seed, "batch", epoch, index))  # for what draws numbers in loading and in training it
             batch = next(iterator, None)
             if batch is None:
                 raise DataError(
@@ -106,7 +106,6 @@ class Loop:
                 )
             if index < self.position:
                 continue
-            seed_everything(mixed(self.seed, "step", self.step))
             self._train_step(batch)
             if self.step == self.rate.steps:
                 return
