@@ -13,7 +13,7 @@ from assets import asset
 from torch import Tensor
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
-from cifar_resnet import ResNet, make  # noqa: E402
+from cifar_resnet import ResNet, make
 
 
 def untrained() -> ResNet:
