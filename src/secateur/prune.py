@@ -203,7 +203,7 @@ def _report(
     if metric is not None:
         points = [*points, _point(job, masks.sparsity(), after.quality)]
     return Report(
-        title=f"{job.method.criterion_name} at {masks.sparsity():.1%}, pattern {job.method.pattern.name}",
+        title=_title(job),
         before=before,
         after=after,
         metric=metric,
@@ -215,6 +215,12 @@ def _report(
         environment=environment(seed=job.recipe.seed),
         seconds=seconds,
     )
+
+
+def _title(job: Job) -> str:
+    """``magnitude 90% element``, or ``magnitude 2:4`` where the pattern says how much."""
+    share = "" if job.method.pattern.sparsity is not None else f"{100 * job.sparsity:.4g}% "
+    return f"{job.method.criterion_name} {share}{job.method.pattern.name}"
 
 
 def _save(result: Result, recipe: Recipe, out: str | Path, overwrite: bool, source: str | None) -> None:
