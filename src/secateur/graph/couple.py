@@ -33,7 +33,8 @@ class Coupler:
         self.equations: list[Equation] = []
         self.unknown: dict[str, set[str]] = {}  #: operations without a rule, and the modules they are in
         self._written = {id(call) for call in recording.sizes.calls}
-        self._weights: set[int] = {id(v) for v in recording.values.values()}
+        self._weights = set(recording.values.values())
+        self._given = {v for v in recording.values.values() if v.buffer}
 
     def run(self) -> None:
         """Apply the rules to all operations, then freeze inputs and outputs and whatever sizes cannot follow."""
@@ -61,7 +62,9 @@ class Coupler:
             value.labels = [None if n <= 1 else own for own, n in zip(labels, value.shape, strict=True)]
         tensors = self.tensors(node)
         if tensors and all(self.is_weight(t) or t.constant is not None for t in tensors):
-            self._weights.update(id(v) for v in node.outputs)
+            self._weights.update(node.outputs)
+            if all(t in self._given or t.constant is not None for t in tensors):
+                self._given.update(node.outputs)
 
     def labels_of(self, value: Value) -> list[Dim]:
         """Labels of all dimensions; those of a parameter or buffer are made when it is first used."""
@@ -78,7 +81,7 @@ class Coupler:
 
     def is_weight(self, value: Value) -> bool:
         """Whether a value depends on parameters and buffers alone."""
-        return id(value) in self._weights
+        return value in self._weights
 
     def tie(self, a: Dim, b: Dim, node: Node, reason: str) -> Dim:
         """Two dimensions of one size, index by index."""
@@ -97,11 +100,13 @@ class Coupler:
         for value in node.outputs:
             value.labels = [None] * value.ndim
 
-    def contract(self, a: Dim, b: Dim, node: Node, *, activations: bool) -> None:
-        """A sum over a dimension that two tensors share."""
+    def contract(self, x: Value, a: Dim, b: Dim, node: Node, *, activations: bool = False) -> None:
+        """A sum over a dimension that `x` shares with another tensor; of both its labels are given."""
         self.tie(a, b, node, "it is summed against a dimension that cannot be cut")
         if activations:
             self.mark(a, "head_dim")
+        if x in self._given:
+            self.freeze(a, node, "it is data that the model was given")
 
     def mark(self, dim: Dim, kind: str) -> None:
         """Remember what kind of thing these labels are."""

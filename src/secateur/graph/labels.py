@@ -22,7 +22,7 @@ Dim = Array | None
 KEPT = 0  #: the label of what is always kept
 
 
-@dataclass
+@dataclass(eq=False)
 class Split:
     """`whole` seen as a block of `sizes`, row-major: ``whole[i, j, ...] = axes[0][i] and axes[1][j] and ...``."""
 
@@ -159,7 +159,7 @@ class Labels:
         return changed
 
     def _refine(self) -> bool:
-        """Bring splits of the same labels to different sizes to their common refinement; freeze where there is none."""
+        """Bring splits of the same labels to different sizes to their common refinement; collapse them where there is none."""
         owner: dict[int, Split] = {}
         for s in self.splits:
             for label in self.find(s.whole).tolist():
@@ -169,19 +169,22 @@ class Labels:
                 same = np.array_equal(self.find(other.whole), self.find(s.whole))
                 sizes = refinement(other.sizes, s.sizes) if same else None
                 if sizes is None:
-                    for split in (other, s):
-                        self.freeze(split.whole, "it is seen as blocks of two sizes that have no common refinement")
-                    return self._drop(s)
+                    self._collapse(other)
+                    self._collapse(s)
+                    return True
                 for split in (other, s):
                     self._resplit(split, sizes)
                 return True
         return False
 
-    def _drop(self, split: Split) -> bool:
-        for axis in split.axes:
-            self.freeze(axis, "it is seen as blocks of two sizes that have no common refinement")
-        self.splits.remove(split)
-        return True
+    def _collapse(self, split: Split) -> None:
+        """Give up all but the longest axis of a split: along the others its indices go together."""
+        longest = int(np.argmax(split.sizes))
+        self.union(split.whole, split.columns()[longest])
+        for j, axis in enumerate(split.axes):
+            if j != longest:
+                self.freeze(axis, "its dimension is also seen as blocks of another size")
+        self.splits = [s for s in self.splits if s is not split]
 
     def _resplit(self, split: Split, sizes: tuple[int, ...]) -> None:
         axes: list[Array] = []

@@ -30,6 +30,7 @@ class Value:
     dtype: torch.dtype
     name: str | None = None  #: the parameter or buffer it is
     constant: Tensor | None = None  #: itself, where it is neither input nor parameter nor computed by a recorded operation
+    buffer: bool = False
     labels: list[Dim] | None = None
 
     @property
@@ -233,7 +234,7 @@ def _substitute(model: nn.Module, recorder: Recorder, mode: FakeTensorMode | Non
                 if id(tensor) not in stand_in:
                     made = _faked(tensor, mode, device)
                     name = f"{path}.{key}" if path else key
-                    recorder.named[name] = Value(tuple(tensor.shape), tensor.dtype, name)
+                    recorder.named[name] = Value(tuple(tensor.shape), tensor.dtype, name, buffer=table is module._buffers)
                     recorder.tag(made, recorder.named[name])
                     stand_in[id(tensor)] = made
                 table[key] = stand_in[id(tensor)]

@@ -114,7 +114,11 @@ def masked_output(model: nn.Module, graph: Graph, removed: NDArray[np.bool_], ex
     known = {value: tensors[name].detach().clone() for name, value in graph.recording.values.items()}
     given = [t.detach().clone() for t in pytree.tree_leaves(arguments(example)) if isinstance(t, Tensor)]
     known.update(zip(graph.recording.inputs, given, strict=True))
-    return Replay(graph, removed).run(known)
+    replay = Replay(graph, removed)
+    for value, tensor in known.items():
+        for dim, mask in replay.masks(value):
+            tensor.masked_fill_(~_along(mask, dim, tensor.ndim), 0)
+    return replay.run(known)
 
 
 @torch.no_grad()

@@ -33,7 +33,7 @@ def attention(c: Coupler, node: Node) -> list[list[Dim]]:
     lq, lk, lv = (list(c.labels_of(x)) for x in (q, k, v))
     for labels in (lq, lk, lv):
         c.freeze(labels[-2], node, "attention goes over these positions")
-    c.contract(lq[-1], lk[-1], node, activations=True)
+    c.contract(q, lq[-1], lk[-1], node, activations=True)
     if node.kwargs.get("scale") is None:
         c.freeze(lq[-1], node, "attention is scaled by the root of this size")
     for other in c.tensors(node)[3:]:

@@ -41,7 +41,7 @@ def _product(c: Coupler, node: Node, a: Value, b: Value) -> list[Dim]:
     left, right = list(c.labels_of(a)), list(c.labels_of(b))
     inner = left.pop()
     other = right.pop(0) if b.ndim <= 2 else right.pop(-2)
-    c.contract(inner, other, node, activations=not (c.is_weight(a) or c.is_weight(b)))
+    c.contract(a, inner, other, node, activations=not (c.is_weight(a) or c.is_weight(b)))
     if a.ndim == 3 and b.ndim == 3:
         batch = c.tie(left[0], right[0], node, "")
         c.mark(batch, "head")
@@ -56,7 +56,7 @@ def linear(c: Coupler, node: Node) -> list[list[Dim]]:
     x, weight = node.args[:2]
     bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
     labels, (out, inner) = list(c.labels_of(x)), c.labels_of(weight)
-    c.contract(labels[-1], inner, node, activations=False)
+    c.contract(x, labels[-1], inner, node)
     if bias is not None:
         out = c.tie(out, c.labels_of(bias)[0], node, "its bias cannot be cut")
     return [[*labels[:-1], out]]
@@ -75,12 +75,12 @@ def convolution(c: Coupler, node: Node) -> list[list[Dim]]:
     if transposed:
         out = _transposed(c, node, channels[at], kernel, n_in, n_out, groups)
     elif groups == 1:
-        c.contract(channels[at], kernel[1], node, activations=False)
+        c.contract(x, channels[at], kernel[1], node)
         out = kernel[0]
     else:
         group, inner = c.labels.split(channels[at], (groups, n_in // groups))
         group_w, own = c.labels.split(kernel[0], (groups, n_out // groups))
-        c.contract(inner, kernel[1] if n_in > groups else None, node, activations=False)
+        c.contract(x, inner, kernel[1] if n_in > groups else None, node)
         c.bind_groups(node, c.tie(group, group_w, node, "the groups of the other side cannot be cut"), groups)
         out = kernel[0]
     if bias is not None:
@@ -134,7 +134,7 @@ def mkldnn_rnn(c: Coupler, node: Node) -> list[list[Dim]]:
     x, w_ih, w_hh, b_ih, b_hh, hx, cx = node.args[:7]
     hidden = w_hh.shape[1]
     gates = w_hh.shape[0] // hidden
-    c.contract(c.labels_of(x)[-1], c.labels_of(w_ih)[1], node, activations=False)
+    c.contract(x, c.labels_of(x)[-1], c.labels_of(w_ih)[1], node)
     unit = c.labels_of(w_hh)[1]
     for value in (w_ih, w_hh, b_ih, b_hh):
         own = c.labels_of(value)[0]
