@@ -6,8 +6,6 @@ import logging
 from collections.abc import Iterable
 from typing import Any
 
-import numpy as np
-
 import secateur.graph.rules.attention
 import secateur.graph.rules.elementwise
 import secateur.graph.rules.indexing
@@ -17,7 +15,7 @@ import secateur.graph.rules.shape  # noqa: F401
 from secateur.graph.equations import Equation
 from secateur.graph.labels import Array, Dim, Labels
 from secateur.graph.rules import RULES
-from secateur.graph.sizes import Call, Expr
+from secateur.graph.sizes import Call
 from secateur.graph.trace import Node, Recording, Value
 
 log = logging.getLogger("secateur")
@@ -156,7 +154,7 @@ class Coupler:
         out = call.output
         if call.name in _NEW_SHAPE and isinstance(out, Value):
             first = 0 if call.name in ("zeros", "ones", "empty", "full") else 1
-            shape = call.args[first:] or (call.kwargs.get("size", call.kwargs.get("shape", ())),)
+            shape: Any = call.args[first:] or (call.kwargs.get("size", call.kwargs.get("shape", ())),)
             shape = shape[0] if isinstance(shape[0], (tuple, list)) else shape
             shape = shape[: out.ndim]
             for d, size in enumerate(shape):
@@ -229,11 +227,11 @@ class Coupler:
             self.equations.append(Equation(("count", own), expr, call.module))
 
 
-_NEW_SHAPE = frozenset("view reshape expand zeros ones empty full new_zeros new_ones new_empty new_full".split())
+_NEW_SHAPE = frozenset(
+    ["view", "reshape", "expand", "zeros", "ones", "empty", "full", "new_zeros", "new_ones", "new_empty", "new_full"]
+)
 _GROUPS_AT = 6
-_WRITES = frozenset("split split_with_sizes narrow __getitem__".split())
-
-
+_WRITES = frozenset(["split", "split_with_sizes", "narrow", "__getitem__"])
 
 
 def _at(node: Node, reason: str) -> str:

@@ -66,7 +66,9 @@ def _check(tensors: Mapping[str, Tensor], plan: Plan) -> None:
             raise ModelError(f"the plan cuts {c.tensor!r}, which this model does not have. It was made for another model.")
         shape = tensors[c.tensor].shape
         if c.dim >= len(shape) or not c.kept or max(c.kept) >= shape[c.dim]:
-            raise ModelError(f"the plan keeps index {max(c.kept, default=None)} of dimension {c.dim} of {c.tensor!r}, shape {tuple(shape)}")
+            raise ModelError(
+                f"the plan keeps index {max(c.kept, default=None)} of dimension {c.dim} of {c.tensor!r}, shape {tuple(shape)}"
+            )
 
 
 def _replace(model: nn.Module, new: Mapping[int, Tensor]) -> None:
@@ -98,13 +100,13 @@ def refresh(module: nn.Module) -> None:
     """Bring what a module of torch says of its own sizes in line with its parameters."""
     weight = getattr(module, "weight", None)
     if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
-        first = module.weight_ih_l0 if isinstance(module, nn.RNNBase) else module.weight_ih
-        hidden = module.weight_hh_l0 if isinstance(module, nn.RNNBase) else module.weight_hh
-        module.input_size, module.hidden_size = first.shape[1], hidden.shape[1]
+        suffix = "_l0" if isinstance(module, nn.RNNBase) else ""
+        module.input_size = int(getattr(module, f"weight_ih{suffix}").shape[1])
+        module.hidden_size = int(getattr(module, f"weight_hh{suffix}").shape[1])
     if not isinstance(weight, Tensor):
         mean = getattr(module, "running_mean", None)
         if isinstance(mean, Tensor) and hasattr(module, "num_features"):
-            module.num_features = mean.shape[0]
+            setattr(module, "num_features", mean.shape[0])  # noqa: B010
         return
     if isinstance(module, nn.Linear):
         module.out_features, module.in_features = weight.shape

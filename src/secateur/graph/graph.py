@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -99,14 +99,16 @@ class Graph:
         kept[index[removed[leaf]]] = False
         return kept
 
-    def flags(self, units: dict[int, Iterable[int]]) -> NDArray[np.bool_]:
+    def flags(self, units: Mapping[int, Iterable[int]]) -> NDArray[np.bool_]:
         """Flags of the leaves that go, from unit numbers by group."""
         removed = np.zeros(self.coupler.labels.count, bool)
         for group, numbers in units.items():
             removed[self.groups[group].leaves[np.asarray(list(numbers), dtype=np.int64)]] = True
         return removed
 
-    def attributes(self, removed: NDArray[np.bool_], equations: Sequence[Equation] | None = None) -> tuple[dict[str, int], list[Equation]]:
+    def attributes(
+        self, removed: NDArray[np.bool_], equations: Sequence[Equation] | None = None
+    ) -> tuple[dict[str, int], list[Equation]]:
         """New values of module attributes after a cut, and equations between sizes that it breaks."""
         old = self.recording.sizes.old
         chosen = self.coupler.equations if equations is None else equations
@@ -198,7 +200,7 @@ class Graph:
         groups = []
         for g, own in enumerate(np.split(leaves[order], np.cumsum(sizes)[:-1])):
             reason = reasons.get(int(own[0])) or ("it has one unit only" if len(own) == 1 else None)
-            groups.append(Group(g, self._kind(members[g], own, marks), len(own), own, tuple(members[g]), reason))
+            groups.append(Group(g, self._kind(own, marks), len(own), own, tuple(members[g]), reason))
         self._find_siblings(groups, pairs, group)
         return groups
 
@@ -216,18 +218,13 @@ class Graph:
                     groups[b].siblings.add(a)
 
     def _marks(self) -> dict[str, NDArray[np.bool_]]:
-        marks = {kind: np.zeros(self.coupler.labels.count, bool) for kind in ("head", "head_dim", "width")}
+        marks = {kind: np.zeros(self.coupler.labels.count, bool) for kind in ("head", "head_dim", "channel", "width")}
         for own, kind in self.coupler.marks:
             marks[kind][self._leaves.expand(own)[1]] = True
         return marks
 
-    def _kind(self, members: list[Member], leaves: Array, marks: dict[str, NDArray[np.bool_]]) -> str:
-        for kind in ("head", "head_dim"):
-            if marks[kind][leaves].any():
-                return kind
-        if any(self.recording.values[m.tensor].ndim > 2 for m in members):
-            return "channel"
-        return "width" if marks["width"][leaves].any() else "neuron"
+    def _kind(self, leaves: Array, marks: dict[str, NDArray[np.bool_]]) -> str:
+        return next((kind for kind, flags in marks.items() if flags[leaves].any()), "neuron")
 
     def _try_groups(self) -> None:
         """Cut half of each group on paper: where no attribute can make the forward's sizes follow, it cannot be cut."""
@@ -236,7 +233,12 @@ class Graph:
         by_attribute: dict[str, set[int]] = {}
         groups_in: list[set[int]] = []
         for i, e in enumerate(equations):
-            own = {g for side in (e.left, e.right) for a in counts_in(side) for g in np.unique(self._group_of[self._expanded(a)[1]]).tolist()}
+            own = {
+                g
+                for side in (e.left, e.right)
+                for a in counts_in(side)
+                for g in np.unique(self._group_of[self._expanded(a)[1]]).tolist()
+            }
             groups_in.append(own - {-1})
             for g in own:
                 by_group.setdefault(g, set()).add(i)
@@ -247,11 +249,15 @@ class Graph:
             if group.reason is None and group.id in by_group and not group.ties:
                 self._try(group, by_group, by_attribute, groups_in)
 
-    def _try(self, group: Group, by_group: dict[int, set[int]], by_attribute: dict[str, set[int]], groups_in: list[set[int]]) -> None:
+    def _try(
+        self, group: Group, by_group: dict[int, set[int]], by_attribute: dict[str, set[int]], groups_in: list[set[int]]
+    ) -> None:
         together = {group.id}
         equations = self.coupler.equations
         for _ in range(4):
-            removed = self.flags({g: range(self.groups[g].units - self.groups[g].units // 2, self.groups[g].units) for g in together})
+            removed = self.flags(
+                {g: range(self.groups[g].units - self.groups[g].units // 2, self.groups[g].units) for g in together}
+            )
             relevant = set().union(*(by_group.get(g, set()) for g in together))
             while True:
                 attributes, wrong = self.attributes(removed, [equations[i] for i in sorted(relevant)])

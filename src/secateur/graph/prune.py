@@ -195,7 +195,9 @@ def make_plan(graph: Graph, model: nn.Module, removed: Mapping[int, Iterable[int
     for (name, dim), gone in graph.removed_indices(flags).items():
         kept = np.setdiff1d(np.arange(values[name].shape[dim]), gone)
         if not len(kept):
-            raise LayerError(f"nothing would be left of dimension {dim} of {name!r}, shape {values[name].shape}. Lower the sparsity.")
+            raise LayerError(
+                f"nothing would be left of dimension {dim} of {name!r}, shape {values[name].shape}. Lower the sparsity."
+            )
         cuts.append(Cut(name, dim, tuple(kept.tolist())))
     return Plan(_layers(graph, cuts), tuple(cuts), _skipped(graph, cuts), attributes)
 

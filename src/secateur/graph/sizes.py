@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 if TYPE_CHECKING:
-    from secateur.graph.trace import Recorder, Value
+    from secateur.graph.trace import Recorder
 
 #: ("const", n), ("attr", name), ("dim", value, d) or (operator, left, right).
 Expr = tuple[Any, ...]
@@ -248,8 +248,33 @@ class Sizes(TorchFunctionMode):
 
 
 _SIZED = frozenset(
-    "view reshape expand unflatten split split_with_sizes narrow __getitem__ zeros ones empty full new_zeros new_ones new_empty"
-    " new_full layer_norm rms_norm group_norm conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d".split()
+    [
+        "view",
+        "reshape",
+        "expand",
+        "unflatten",
+        "split",
+        "split_with_sizes",
+        "narrow",
+        "__getitem__",
+        "zeros",
+        "ones",
+        "empty",
+        "full",
+        "new_zeros",
+        "new_ones",
+        "new_empty",
+        "new_full",
+        "layer_norm",
+        "rms_norm",
+        "group_norm",
+        "conv1d",
+        "conv2d",
+        "conv3d",
+        "conv_transpose1d",
+        "conv_transpose2d",
+        "conv_transpose3d",
+    ]
 )
 
 

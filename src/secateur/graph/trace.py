@@ -200,6 +200,7 @@ def _record(model: nn.Module, example: Any, *, fake: bool) -> Recording:
                 inputs.append(Value(tuple(t.shape), t.dtype))
                 recorder.tag(t, inputs[-1])
         stack.enter_context(_watched(model, recorder, calls))
+        stack.enter_context(_quiet())
         stack.enter_context(torch.no_grad())
         if mode is not None:
             stack.enter_context(mode)
@@ -260,6 +261,18 @@ def untouched(model: nn.Module) -> Iterator[None]:
             for key, table in tables.items():
                 vars(module)[key].clear()
                 vars(module)[key].update(table)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """What fake tensors cannot do is reported by `record`, once."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 @contextlib.contextmanager

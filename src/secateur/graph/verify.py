@@ -19,7 +19,18 @@ from secateur.graph.graph import Graph
 from secateur.graph.trace import Node, Value, arguments, tensors_in, untouched
 
 _STATISTICS = frozenset(
-    "native_layer_norm _fused_rms_norm native_group_norm mean var std var_mean std_mean norm linalg_vector_norm".split()
+    [
+        "native_layer_norm",
+        "_fused_rms_norm",
+        "native_group_norm",
+        "mean",
+        "var",
+        "std",
+        "var_mean",
+        "std_mean",
+        "norm",
+        "linalg_vector_norm",
+    ]
 )
 
 
@@ -132,10 +143,14 @@ def difference(model: nn.Module, smaller: nn.Module, graph: Graph, removed: NDAr
         with untouched(smaller):
             found = tensors_in(smaller(*args, **kwargs))
     except Exception as error:
-        raise ModelError(f"the cut model fails on the example: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from error
+        raise ModelError(
+            f"the cut model fails on the example: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        ) from error
     wanted = masked_output(model, graph, removed, example)
     if [t.shape for t in found] != [t.shape for t in wanted]:
-        raise ModelError(f"the cut changed the output's shape from {[tuple(t.shape) for t in wanted]} to {[tuple(t.shape) for t in found]}")
+        raise ModelError(
+            f"the cut changed the output's shape from {[tuple(t.shape) for t in wanted]} to {[tuple(t.shape) for t in found]}"
+        )
     worst = 0.0
     for a, b in zip(found, wanted, strict=True):
         if a.numel() and (a.is_floating_point() or a.is_complex()):

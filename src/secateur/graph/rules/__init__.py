@@ -7,13 +7,13 @@ a rule freezes whatever touches it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from secateur.graph.couple import Coupler
     from secateur.graph.labels import Dim
-    from secateur.graph.trace import Node
+    from secateur.graph.trace import Node, Value
 
 Rule = Callable[["Coupler", "Node"], "list[list[Dim]] | None"]
 
@@ -36,3 +36,8 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
         return function
 
     return add
+
+
+def nothing(values: Iterable[Value]) -> list[list[Dim]]:
+    """Labels of values nothing of which can be removed."""
+    return [[None] * v.ndim for v in values]

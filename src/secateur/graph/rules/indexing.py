@@ -28,7 +28,8 @@ def index(c: Coupler, node: Node) -> list[list[Dim]] | None:
     """Advanced indexing: indexed dimensions stay, the others pass."""
     x, indices, out = node.args[0], list(node.args[1]), node.outputs[0]
     if any(isinstance(i, Value) and i.dtype.is_floating_point is False and str(i.dtype) in _MASKS for i in indices):
-        return c.freeze_all(node)
+        c.freeze_all(node)
+        return None
     own = c.labels_of(x)
     indices += [None] * (x.ndim - len(indices))
     picked = [d for d, i in enumerate(indices) if i is not None]
@@ -40,7 +41,9 @@ def index(c: Coupler, node: Node) -> list[list[Dim]] | None:
     front: list[Dim] = []
     for k in range(width):
         n = max((i.shape[k - width + i.ndim] for i in tensors if k - width + i.ndim >= 0), default=1)
-        dims = [c.labels_of(i)[k - width + i.ndim] for i in tensors if k - width + i.ndim >= 0 and i.shape[k - width + i.ndim] == n]
+        dims = [
+            c.labels_of(i)[k - width + i.ndim] for i in tensors if k - width + i.ndim >= 0 and i.shape[k - width + i.ndim] == n
+        ]
         dim = dims[0] if n > 1 else None
         for other in dims[1:]:
             dim = c.tie(dim, other, node, "") if n > 1 else None
@@ -56,10 +59,21 @@ def index(c: Coupler, node: Node) -> list[list[Dim]] | None:
 _MASKS = ("torch.bool", "torch.uint8")
 
 
-@rule("index_put", "_unsafe_index_put", "index_add", "scatter", "scatter_add", "scatter_reduce", "slice_scatter", "select_scatter", "index_copy")
+@rule(
+    "index_put",
+    "_unsafe_index_put",
+    "index_add",
+    "scatter",
+    "scatter_add",
+    "scatter_reduce",
+    "slice_scatter",
+    "select_scatter",
+    "index_copy",
+)
 def put(c: Coupler, node: Node) -> list[list[Dim]] | None:
     """Writes by index: allowed in dimensions that are not cut, and only where all shapes speak for themselves."""
-    return c.freeze_all(node)
+    c.freeze_all(node)
+    return None
 
 
 @rule("gather")
@@ -95,4 +109,5 @@ def made(c: Coupler, node: Node) -> list[list[Dim]]:
       "item", "is_nonzero", "equal", "bincount", "histc", "searchsorted", "bucketize", "sym_size", "_assert_tensor_metadata")  # fmt: skip
 def positions(c: Coupler, node: Node) -> list[list[Dim]] | None:
     """Values that depend on positions: what goes in and comes out stays."""
-    return c.freeze_all(node, "its positions matter")
+    c.freeze_all(node, "its positions matter")
+    return None

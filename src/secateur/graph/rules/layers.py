@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from secateur.graph.rules import rule
+from secateur.graph.rules import nothing, rule
 from secateur.graph.trace import Value
 
 if TYPE_CHECKING:
@@ -27,7 +27,8 @@ def product(c: Coupler, node: Node) -> list[list[Dim]]:
 def product_added(c: Coupler, node: Node) -> list[list[Dim]] | None:
     """A matrix product added to a tensor that broadcasts to it."""
     if node.name == "addbmm":
-        return c.freeze_all(node)
+        c.freeze_all(node)
+        return None
     bias, a, b = node.args[:3]
     out = _product(c, node, a, b)
     own = c.labels_of(bias)
@@ -85,6 +86,8 @@ def convolution(c: Coupler, node: Node) -> list[list[Dim]]:
         out = kernel[0]
     if bias is not None:
         out = c.tie(out, c.labels_of(bias)[0], node, "its bias cannot be cut")
+    c.mark(channels[at], "channel")
+    c.mark(out, "channel")
     return [[*channels[:at], out, *[None] * (x.ndim - at - 1)]]
 
 
@@ -111,7 +114,7 @@ def embedding_bag(c: Coupler, node: Node) -> list[list[Dim]]:
     """Sums of rows of a table."""
     rows, columns = c.labels_of(node.args[0])
     c.freeze(rows, node, "it is looked up by index")
-    return [[None, columns], *[[None] * v.ndim for v in node.outputs[1:]]]
+    return [[None, columns], *nothing(node.outputs[1:])]
 
 
 @rule("_weight_norm_interface", "_weight_norm")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from secateur.graph.rules import rule
+from secateur.graph.rules import nothing, rule
 from secateur.graph.trace import Value
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def batch_norm(c: Coupler, node: Node) -> list[list[Dim]]:
     for other in node.args[1:5]:
         if isinstance(other, Value) and other.ndim == 1 and other.shape[0] > 1:
             labels[1] = c.tie(labels[1], c.labels_of(other)[0], node, "its normalisation cannot be cut")
-    return [labels, *[[None] * v.ndim for v in node.outputs[1:]]]
+    return [labels, *nothing(node.outputs[1:])]
 
 
 @rule("native_layer_norm", "_fused_rms_norm", "rms_norm", "layer_norm")
@@ -43,7 +43,7 @@ def layer_norm(c: Coupler, node: Node) -> list[list[Dim]]:
                 labels[at] = c.tie(labels[at], own, node, "its normalisation cannot be cut")
     for d in range(x.ndim - len(shape), x.ndim):
         c.mixed(labels[d], node)
-    return [labels, *[[None] * v.ndim for v in node.outputs[1:]]]
+    return [labels, *nothing(node.outputs[1:])]
 
 
 @rule("native_group_norm", "group_norm")
@@ -58,7 +58,7 @@ def group_norm(c: Coupler, node: Node) -> list[list[Dim]]:
     for other in node.args[1:4]:
         if isinstance(other, Value) and other.ndim == 1:
             labels[1] = c.tie(labels[1], c.labels_of(other)[0], node, "its normalisation cannot be cut")
-    return [labels, *[[None] * v.ndim for v in node.outputs[1:]]]
+    return [labels, *nothing(node.outputs[1:])]
 
 
 _SUMS = ("sum", "nansum")
@@ -120,7 +120,8 @@ def along(c: Coupler, node: Node) -> list[list[Dim]] | None:
     at = 2 if node.name in ("topk", "renorm") else 1
     dim = node.kwargs.get("dim", node.args[at] if len(node.args) > at else -1)
     if isinstance(dim, bool) or x.ndim == 0:
-        return c.freeze_all(node)
+        c.freeze_all(node)
+        return None
     labels = list(c.labels_of(x))
     c.freeze(labels[dim % x.ndim], node, f"{node.name} is taken over it")
     labels[dim % x.ndim] = None

@@ -75,12 +75,26 @@ def _take(sizes: tuple[int, ...], start: int, n: int) -> tuple[int, ...]:
     return sizes[start:stop]
 
 
-@rule("view", "_unsafe_view", "reshape", "_reshape_alias", "_reshape_copy", "view_copy", "squeeze", "unsqueeze", "flatten", "unflatten")
-def view(c: Coupler, node: Node) -> list[list[Dim]]:
+@rule(
+    "view",
+    "_unsafe_view",
+    "reshape",
+    "_reshape_alias",
+    "_reshape_copy",
+    "view_copy",
+    "squeeze",
+    "unsqueeze",
+    "flatten",
+    "unflatten",
+)
+def view(c: Coupler, node: Node) -> list[list[Dim]] | None:
     """A change of shape."""
     x = node.args[0]
     if node.op._overloadname == "dtype":
-        return [c.labels_of(x)] if x.shape == node.outputs[0].shape else c.freeze_all(node)  # type: ignore[list-item]
+        if x.shape == node.outputs[0].shape:
+            return [c.labels_of(x)]
+        c.freeze_all(node)
+        return None
     return [reshape(c, node, c.labels_of(x), x.shape, node.outputs[0].shape)]
 
 
@@ -123,7 +137,9 @@ def repeat(c: Coupler, node: Node) -> list[list[Dim]]:
     own = [None] * (len(counts) - x.ndim) + list(c.labels_of(x))
     labels: list[Dim] = []
     for d, (dim, count) in enumerate(zip(own, counts, strict=True)):
-        labels.append(np.tile(dim, count) if dim is not None else (c.sized(node, d, out.shape[d]) if _grown(x, out, d) else None))
+        labels.append(
+            np.tile(dim, count) if dim is not None else (c.sized(node, d, out.shape[d]) if _grown(x, out, d) else None)
+        )
     return [labels]
 
 
@@ -138,7 +154,8 @@ def repeat_interleave(c: Coupler, node: Node) -> list[list[Dim]] | None:
     x, repeats = node.args[0], _arg(node, 1, "repeats")
     dim = _arg(node, 2, "dim")
     if not isinstance(repeats, int) or dim is None:
-        return c.freeze_all(node)
+        c.freeze_all(node)
+        return None
     labels = list(c.labels_of(x))
     own = labels[dim % x.ndim]
     labels[dim % x.ndim] = np.repeat(own, repeats) if own is not None else None
@@ -246,7 +263,7 @@ def select(c: Coupler, node: Node) -> list[list[Dim]]:
 
 
 @rule("flip", "roll", "fliplr", "flipud")
-def moved(c: Coupler, node: Node) -> list[list[Dim]]:
+def moved(c: Coupler, node: Node) -> list[list[Dim]] | None:
     """Indices change places within a dimension: index i and its partner go together, so that the places stay right."""
     x = node.args[0]
     labels = list(c.labels_of(x))
@@ -258,7 +275,8 @@ def moved(c: Coupler, node: Node) -> list[list[Dim]]:
         return [labels]
     dims = _arg(node, 2, "dims", ())
     if not dims and any(d is not None for d in labels):
-        return c.freeze_all(node)  # type: ignore[return-value]
+        c.freeze_all(node)
+        return None
     for d in dims:
         c.freeze(labels[d % x.ndim], node, "its indices are rolled")
         labels[d % x.ndim] = None
@@ -334,4 +352,5 @@ def positional(c: Coupler, node: Node) -> list[list[Dim]] | None:
     if node.name == "im2col" and x.ndim == 4:
         window = out.shape[1] // x.shape[1]
         return [[labels[0], c.labels.merge([labels[1], None], (x.shape[1], window)), None]]
-    return c.freeze_all(node)
+    c.freeze_all(node)
+    return None
