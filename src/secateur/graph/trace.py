@@ -246,10 +246,10 @@ def _substitute(model: nn.Module, recorder: Recorder, mode: FakeTensorMode | Non
 
 @contextlib.contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; afterwards every module has the attributes, parameters and buffers it had."""
+    """Evaluation mode inside; afterwards every module has the attributes, parameters, buffers and hooks it had."""
     saved = []
     for module in model.modules():
-        tables = {k: dict(v) for k, v in vars(module).items() if k in ("_parameters", "_buffers", "_modules")}
+        tables = {k: dict(v) for k, v in vars(module).items() if isinstance(v, dict)}
         saved.append((module, dict(vars(module)), tables))
     try:
         model.eval()

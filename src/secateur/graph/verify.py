@@ -59,7 +59,9 @@ class Replay:
     def _step(self, node: Node, known: dict[Value, Tensor]) -> None:
         args, kwargs = (pytree.tree_map_only(Value, lambda v: self._tensor(v, known), x) for x in (node.args, node.kwargs))
         cut_inputs = node.name in _STATISTICS and any(self.masks(v) for v in _values(node.args))
-        out = self._on_kept(node, args, kwargs) if cut_inputs else node.op(*args, **kwargs)
+        # strides may differ from the recorded run's, so that what was a view there has to be a copy here
+        op = torch.ops.aten.reshape.default if node.op is torch.ops.aten.view.default else node.op
+        out = self._on_kept(node, args, kwargs) if cut_inputs else op(*args, **kwargs)
         tensors = [t for t in pytree.tree_leaves(out) if isinstance(t, Tensor)]
         for tensor, value in zip(tensors, node.outputs, strict=True):
             known[value] = tensor
