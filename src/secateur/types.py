@@ -234,6 +234,7 @@ class Plan:
     layers: tuple[LayerPlan, ...] = ()
     cuts: tuple[Cut, ...] = ()
     skipped: Mapping[str, str] = field(default_factory=dict)  #: layer -> reason
+    attributes: Mapping[str, int] = field(default_factory=dict)  #: ``module.attribute`` or ``module.attribute[i]`` -> new value
 
     @property
     def sparsity(self) -> float:
@@ -250,7 +251,7 @@ class Plan:
         """The plan that `to_json` wrote."""
         layers = tuple(LayerPlan(**{**p, "shape": tuple(p["shape"])}) for p in data["layers"])
         cuts = tuple(Cut(c["tensor"], int(c["dim"]), tuple(c["kept"])) for c in data["cuts"])
-        return cls(layers, cuts, dict(data["skipped"]))
+        return cls(layers, cuts, dict(data["skipped"]), dict(data.get("attributes", {})))
 
 
 @dataclass(frozen=True)
