@@ -17,6 +17,7 @@ from secateur.data.batches import Batch, Loss
 from secateur.export.artifact import check_target, save
 from secateur.job import Job, prepare
 from secateur.layers import find_layers
+from secateur.measure.latency import compare_latency
 from secateur.measure.measure import measure
 from secateur.measure.quality import Evaluate, qualities
 from secateur.patterns import Units, make_pattern
@@ -90,11 +91,13 @@ def prune(
     if out is not None:
         check_target(out, overwrite=overwrite)
     if before is None:
-        before = measure(model, job.example, evaluate=evaluate)
+        before = measure(model, job.example, evaluate=evaluate, latency=inplace)
     original = {n: p.detach().clone() if inplace else p.detach() for n, p in model.named_parameters()}
     progress = Progress(out, wanted.to_toml(), model) if out is not None and _is_long(job) else None
     outcome = _carry_out(job, model, evaluate, before, progress, inplace)
-    after = measure(outcome.model, job.example, evaluate=evaluate)
+    after = measure(outcome.model, job.example, evaluate=evaluate, latency=inplace)
+    if not inplace:
+        before, after = _timed_side_by_side(model, outcome.model, job.example, before, after)
     report = _report(job, outcome, original, before, after, time.monotonic() - started)
     result = Result(outcome.model, outcome.masks, outcome.plan, report)
     if out is not None:
@@ -219,6 +222,16 @@ def _plan(job: Job, masks: MaskSet) -> Plan:
         if n in job.layers
     )
     return Plan(layers, (), job.skipped)
+
+
+def _timed_side_by_side(
+    model: nn.Module, pruned: nn.Module, example: Batch | None, before: Measurement, after: Measurement
+) -> tuple[Measurement, Measurement]:
+    """Latency of both, taking turns run by run: what disturbs the machine disturbs both alike."""
+    if example is None:
+        return before, after
+    found = compare_latency({"before": model, "after": pruned}, example)
+    return replace(before, latency=found["before"].latency), replace(after, latency=found["after"].latency)
 
 
 def _report(
