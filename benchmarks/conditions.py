@@ -31,8 +31,8 @@ def conditions(threads: int, seeds: str, seconds: float) -> str:
     return (
         f"Conditions: {datetime.date.today().isoformat()}, {processor()}, {os.cpu_count()} logical cores, load "
         f"{os.getloadavg()[0]:.1f}, {threads} thread(s), float32, Python {platform.python_version()}, "
-        f"torch {torch.__version__}, numpy {numpy.__version__}, secateur {secateur.__version__}; {seeds}; {seconds / 60:.1f} minutes in all. "
-        f"Made by `python benchmarks/{Path(sys.argv[0]).name}`."
+        f"torch {torch.__version__}, numpy {numpy.__version__}, secateur {secateur.__version__}; {seeds}; "
+        f"{seconds / 60:.1f} minutes in all. Made by `python benchmarks/{Path(sys.argv[0]).name}`."
     )
 
 

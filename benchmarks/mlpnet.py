@@ -99,7 +99,7 @@ def main() -> None:
     page = [
         "# MLPNet on MNIST",
         "",
-        f"784-40-20-10 without biases, 32,400 weights; dense {runs.dense:.2f}% of the 10,000 test images (published: 93.97). "
+        f"784-40-20-10 without biases, 32,360 weights; dense {runs.dense:.2f}% of the 10,000 test images (published: 93.97). "
         "The sparsity is that of all weights together and exact to the weight. Accuracies in percent.",
         "",
         "## At once, allocation global",
