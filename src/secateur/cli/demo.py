@@ -69,7 +69,7 @@ def _run(model: Any, name: str, to: Path, json: bool, number: int, before: Any) 
     with progress_bars(json):
         result = sc.prune(
             model, {**recipe, "finetune": {"epochs": 3, "lr": 2e-3}}, data=digits("train"),
-            evaluate=accuracy(digits("test")), example=digits("test", batch_size=1)[0], out=to / name, overwrite=True,
+            evaluate=accuracy(digits("test")), example=digits("test")[0], out=to / name, overwrite=True,
             source="secateur.demo:network", before=before,
         )  # fmt: skip
     return result.report
