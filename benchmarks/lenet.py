@@ -2,7 +2,9 @@
 
 Han et al. 2015 (Learning both Weights and Connections, tables 1, 3 and 4) keep 8% of the weights of both. The same is done
 here by sc.prune: magnitude over all layers together, densities falling by the same factor at each step, masks held while
-the rest is trained on. Nothing is chosen by the test images: no early stopping, the last weights are the ones that count.
+the rest is trained on. Nothing is chosen by the test images: no early stopping, the last weights are the ones that count;
+weight decay and epochs of LeNet-300-100 were chosen by every second training image, held out (without weight decay the pruned
+network loses .06 points there, with it .18 are won).
 Beside the dense network stands the same one trained on for as many epochs as the pruned one, so that the extra training is
 not taken for a merit of pruning. Writes docs/benchmarks/lenet_300_100.md and docs/benchmarks/lenet_5.md.
 
@@ -38,7 +40,7 @@ class Recipe:
 
 
 RECIPES = {
-    "lenet_300_100": Recipe(epochs=10, steps=5, after=3),
+    "lenet_300_100": Recipe(epochs=10, steps=5, after=4, weight_decay=0.1),
     "lenet_5": Recipe(epochs=5, steps=5, after=1),
 }
 
@@ -126,8 +128,8 @@ def page(network: str, recipe: Recipe, runs: list[Outcome], seeds: int) -> list[
         *table(["layer", "weights", "kept, percent"], layers),
         "",
         f"Dense: AdamW, batches of {recipe.batch}, {rate}. Pruning: magnitude, allocation global, schedule exponential, "
-        f"{recipe.steps} steps with {recipe.after} epoch(s) after each, learning rate {recipe.lr_after:g} likewise. Weight decay "
-        f"{recipe.weight_decay:g}, no augmentation. Dense, trained on: the same epochs, rates and order of images as in "
+        f"{recipe.steps} steps with {recipe.after} epoch(s) after each, learning rate {recipe.lr_after:g} likewise. Weight "
+        f"decay {recipe.weight_decay:g}, no augmentation. Dense, trained on: the same epochs, rates and order of images as in "
         "pruning, without masks.",
         "",
     ]
@@ -143,7 +145,6 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(options.threads)
-    names = options.networks.split(",")
     worse = []
     for name in options.networks.split(","):
         began = time.monotonic()
