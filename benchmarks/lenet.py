@@ -123,7 +123,7 @@ def page(network: str, recipe: Recipe, runs: list[Outcome], seeds: int) -> list[
         "",
         *table(["network", "error", "parameters not zero", "factor", "epochs"], errors),
         "",
-        f"Error lost by pruning: {lost:+.2f} points. Han et al. 2015 publish {HAN[network]} at 12x.",
+        f"Change of the error by pruning: {lost:+.2f} points. Han et al. 2015 publish {HAN[network]} at 12x.",
         "",
         *table(["layer", "weights", "kept, percent"], layers),
         "",
