@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +16,7 @@ from secateur.graph.equations import Equation, attributes_in, counts_in, solve
 from secateur.graph.labels import KEPT, Array, Labels
 from secateur.graph.trace import Recording, Value, record
 
+_DIGITS = re.compile(r"\d+")
 KINDS = ("channel", "neuron", "head", "head_dim", "width")
 
 
@@ -26,6 +28,7 @@ class Member:
     dim: int
     indices: Array
     units: Array
+    role: int = 0  #: which factor of the dimension the units are, where it is a product
 
 
 @dataclass(eq=False)
@@ -49,6 +52,11 @@ class Group:
     def name(self) -> str:
         """The first tensor the units belong to."""
         return self.members[0].tensor
+
+    @property
+    def shape(self) -> tuple[Any, ...]:
+        """Equal for groups that do the same in different blocks of a network."""
+        return (self.kind, self.units, *((_DIGITS.sub("#", m.tensor), m.dim, m.role) for m in self.members))
 
     def __repr__(self) -> str:
         where = ", ".join(f"{m.tensor}:{m.dim}" for m in self.members[:4]) + (", ..." if len(self.members) > 4 else "")
@@ -195,7 +203,9 @@ class Graph:
         members: list[list[Member]] = [[] for _ in sizes]
         for rows in np.split(by_key, edges):
             tensor, dim = self._where[pairs.where[rows[0]]]
-            members[group[pairs.leaf[rows[0]]]].append(Member(tensor, dim, pairs.index[rows], unit[pairs.leaf[rows]]))
+            members[group[pairs.leaf[rows[0]]]].append(
+                Member(tensor, dim, pairs.index[rows], unit[pairs.leaf[rows]], int(pairs.path[rows[0]]))
+            )
         marks = self._marks()
         groups = []
         for g, own in enumerate(np.split(leaves[order], np.cumsum(sizes)[:-1])):
@@ -250,32 +260,40 @@ class Graph:
                 self._try(group, by_group, by_attribute, groups_in)
 
     def _try(
-        self, group: Group, by_group: dict[int, set[int]], by_attribute: dict[str, set[int]], groups_in: list[set[int]]
+        self,
+        group: Group,
+        by_group: dict[int, set[int]],
+        by_attribute: dict[str, set[int]],
+        groups_in: list[set[int]],
     ) -> None:
         together = {group.id}
         equations = self.coupler.equations
+        number = {id(e): i for i, e in enumerate(equations)}
         for _ in range(4):
-            removed = self.flags(
-                {g: range(self.groups[g].units - self.groups[g].units // 2, self.groups[g].units) for g in together}
-            )
+            removed = self.flags({g: range((self.groups[g].units + 1) // 2, self.groups[g].units) for g in together})
             relevant = set().union(*(by_group.get(g, set()) for g in together))
-            while True:
-                attributes, wrong = self.attributes(removed, [equations[i] for i in sorted(relevant)])
-                more = set().union(*(by_attribute[a] for a in attributes)) - relevant if attributes else set()
-                if not more:
-                    break
-                relevant |= more
+            attributes = {a for i in relevant for e in (equations[i].left, equations[i].right) for a in attributes_in(e)}
+            relevant |= set().union(*(by_attribute[a] for a in attributes))
+            _, wrong = self.attributes(removed, [equations[i] for i in sorted(relevant)])
             if not wrong:
                 for g in together:
                     self.groups[g].ties = together - {g}
                 return
-            index = {id(e): i for i, e in enumerate(equations)}
-            partners = set().union(*(groups_in[index[id(e)]] for e in wrong))
-            joined = together | {g for g in partners if self.groups[g].reason is None and self.groups[g].units == group.units}
+            joined = together | self._partners(together, set().union(*(groups_in[number[id(e)]] for e in wrong)))
             if joined == together:
                 break
             together = joined
         group.reason = f"no attribute of the model can follow: {wrong[0]}"
+
+    def _partners(self, together: set[int], candidates: set[int]) -> set[int]:
+        """Groups that may have to be cut alike: the same of other blocks, or else of the same kind in other tensors."""
+        free = [self.groups[g] for g in candidates - together if self.groups[g].reason is None]
+        shapes = {self.groups[g].shape for g in together}
+        alike = {g.id for g in free if g.shape in shapes}
+        if alike:
+            return alike
+        kinds = {self.groups[g].kind for g in together}
+        return {g.id for g in free if g.kind in kinds and not g.siblings & (together | {f.id for f in free})}
 
 
 @dataclass(eq=False)

@@ -147,13 +147,20 @@ def select(
         keep |= _global_counts(groups, scores, sparsity, min_width)
     removed: dict[int, list[int]] = {}
     for group in groups:
-        together = {group.id, *group.ties}
-        wanted = round(sum(keep[g] for g in together) / len(together))
-        n = _rounded(wanted, group.units, round_to, min_width)
+        n = _alike(graph, group, keep, round_to, min_width)
         if n < group.units:
             order = torch.argsort(scores[group.id], stable=True)
             removed[group.id] = sorted(order[: group.units - n].tolist())
     return removed
+
+
+def _alike(graph: Graph, group: Group, keep: Mapping[int, int], round_to: int, min_width: int) -> int:
+    """How many units of `group` to keep: of groups that are tied, the same fraction in whole units of the smallest."""
+    together = [graph.groups[g] for g in sorted({group.id, *group.ties})]
+    smallest = min(g.units for g in together)
+    share = sum(keep[g.id] / g.units for g in together) / len(together)
+    n = _rounded(round(share * smallest), smallest, round_to, min_width)
+    return n * group.units // smallest
 
 
 def _global_counts(groups: Sequence[Group], scores: Mapping[int, Tensor], sparsity: float, min_width: int) -> dict[int, int]:
