@@ -88,17 +88,16 @@ class Graph:
 
     def removed_indices(self, removed: NDArray[np.bool_]) -> dict[tuple[str, int], Array]:
         """``removed [labels]`` flags of leaves -> for each (tensor, dim) the indices that go."""
-        gone = removed[self._pairs.leaf]
-        out: dict[tuple[str, int], Array] = {}
-        for at in np.unique(self._pairs.where[gone]).tolist():
-            rows = gone & (self._pairs.where == at)
-            out[self._where[at]] = np.unique(self._pairs.index[rows])
-        return out
+        gone = np.flatnonzero(removed[self._pairs.leaf])
+        where, index = self._pairs.where[gone], self._pairs.index[gone]
+        edges = np.flatnonzero(np.diff(where)) + 1
+        parts = np.split(index, edges) if len(index) else []
+        return {self._where[where[at]]: distinct(part) for at, part in zip([0, *edges.tolist()], parts, strict=False)}
 
     def count(self, labels: Array, removed: NDArray[np.bool_]) -> int:
         """How many of `labels` are kept."""
         index, leaf = self._expanded(labels)
-        return len(labels) - len(np.unique(index[removed[leaf]]))
+        return len(labels) - len(distinct(index[removed[leaf]]))
 
     def mask(self, labels: Array, removed: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """Which of `labels` are kept."""
@@ -145,7 +144,7 @@ class Graph:
         row, factors = self._leaves.row, self._leaves.factors
         while pending:
             own, reason = pending.pop(0)
-            new = np.unique(own[~flags[own]])
+            new = distinct(own[~flags[own]])
             if not len(new):
                 continue
             flags[new] = True
@@ -172,10 +171,10 @@ class Graph:
             return []
         pairs = _Pairs(*(np.concatenate(c) for c in zip(*columns, strict=True)))
         self._pairs = pairs
-        role = pairs.where * 4096 + pairs.path
-        _, role = np.unique(role, return_inverse=True)
+        _, path = np.unique(pairs.path, return_inverse=True)
+        role = pairs.where * (int(path.max()) + 1) + path
         n_roles = int(role.max()) + 1
-        once = np.unique(pairs.leaf * n_roles + role)
+        once = distinct(pairs.leaf * n_roles + role)
         weights = np.random.default_rng(0).integers(1, 2**62, n_roles).astype(np.uint64)
         signature = np.zeros(self.coupler.labels.count, np.uint64)
         np.add.at(signature, once // n_roles, weights[once % n_roles])
@@ -218,14 +217,14 @@ class Graph:
         at = pairs.where * (int(pairs.index.max()) + 1) + pairs.index
         order = np.argsort(at, kind="stable")
         owner, at = group[pairs.leaf][order], at[order]
-        width = int(np.bincount(np.unique(at, return_inverse=True)[1].reshape(-1)).max())
-        for shift in range(1, width):
-            same = at[shift:] == at[:-shift]
-            couples = np.unique(np.stack([owner[:-shift][same], owner[shift:][same]]), axis=1)
-            for a, b in couples.T.tolist():
+        shift = 1
+        while (same := at[shift:] == at[:-shift]).any():
+            couples = distinct(owner[:-shift][same] * len(groups) + owner[shift:][same])
+            for a, b in zip((couples // len(groups)).tolist(), (couples % len(groups)).tolist(), strict=True):
                 if a != b:
                     groups[a].siblings.add(b)
                     groups[b].siblings.add(a)
+            shift += 1
 
     def _marks(self) -> dict[str, NDArray[np.bool_]]:
         marks = {kind: np.zeros(self.coupler.labels.count, bool) for kind in ("head", "head_dim", "channel", "width")}
@@ -247,7 +246,7 @@ class Graph:
                 g
                 for side in (e.left, e.right)
                 for a in counts_in(side)
-                for g in np.unique(self._group_of[self._expanded(a)[1]]).tolist()
+                for g in distinct(self._group_of[self._expanded(a)[1]]).tolist()
             }
             groups_in.append(own - {-1})
             for g in own:
@@ -344,6 +343,12 @@ class _Leaves:
         out = tuple(np.concatenate(c) for c in zip(*done, strict=True))
         keep = out[1] != KEPT
         return out[0][keep], out[1][keep], out[2][keep]
+
+
+def distinct(values: Array) -> Array:
+    """Sorted distinct values. (Sorting beats the hashing of `numpy.unique` on long runs of integers.)"""
+    ordered = np.sort(values)
+    return ordered[np.concatenate([[True], ordered[1:] != ordered[:-1]])] if len(ordered) else ordered
 
 
 def trace(model: nn.Module, example: Any) -> Graph:

@@ -82,49 +82,53 @@ def choose_groups(graph: Graph, kinds: Sequence[str], ignore: Sequence[str] = ()
 
 def unit_scores(model: nn.Module, groups: Iterable[Group], scores: Scores, reduction: Reduction = "mean") -> dict[int, Tensor]:
     """For each group ``[units]``: the saliencies of all weights that go with a unit, reduced to one number."""
-    layers, _ = find_layers(model) if any(True for _ in model.parameters()) else ({}, {})
+    layers, _ = find_layers(model)
     tensors = dict(model.named_parameters(remove_duplicate=False))
     cache: dict[str, Tensor | None] = {}
 
     def saliency(name: str) -> Tensor | None:
         if name not in cache:
-            weight = tensors.get(name)
+            weight, layer = tensors.get(name), layers.get(name)
             if weight is None or weight.ndim < 2:
                 cache[name] = None
-            elif isinstance(scores, Mapping):
-                found = scores.get(name)
-                cache[name] = layers[name].stored(found) if found is not None and name in layers else found
-            elif callable(scores):
-                layer = layers.get(name)
-                given = scores(name, layer.canonical(weight.detach()) if layer else weight.detach())
-                cache[name] = layer.stored(given) if layer else given
+            elif scores == "l1":
+                cache[name] = weight.detach()
             else:
-                cache[name] = weight.detach().abs()
+                weight = weight.detach()
+                found = scores.get(name) if isinstance(scores, Mapping) else scores(name, layer.canonical(weight) if layer else weight)
+                cache[name] = layer.stored(found) if found is not None and layer else found
         return cache[name]
 
-    return {group.id: _fold(group, saliency, reduction) for group in groups}
+    return {group.id: _fold(group, saliency, reduction, magnitude=scores == "l1") for group in groups}
 
 
-def _fold(group: Group, saliency: Callable[[str], Tensor | None], reduction: Reduction) -> Tensor:
+def _fold(group: Group, saliency: Callable[[str], Tensor | None], reduction: Reduction, *, magnitude: bool) -> Tensor:
     total = torch.zeros(group.units, dtype=torch.float64)
     elements = 0.0
     for member in group.members:
         score = saliency(member.tensor)
         if score is None:
             continue
-        units = torch.from_numpy(member.units)
-        rest = [d for d in range(score.ndim) if d != member.dim]
-        index = torch.from_numpy(member.indices)
+        units, index = torch.from_numpy(member.units), torch.from_numpy(member.indices)
+        values = _along(score, member.dim, reduction, magnitude=magnitude)[index].double().cpu()
         if reduction == "max":
-            values = score.amax(rest).double()[index]
             total = total.scatter_reduce(0, units, values, "amax")
         else:
-            values = (score.square() if reduction == "l2" else score).sum(rest, dtype=torch.float64)[index]
             total.index_add_(0, units, values)
             elements += score.numel() / score.shape[member.dim] * len(index) / group.units
     if reduction == "l2":
         return total.sqrt()
     return total / max(elements, 1.0) if reduction == "mean" else total
+
+
+def _along(score: Tensor, dim: int, reduction: Reduction, *, magnitude: bool) -> Tensor:
+    """Reduce a saliency to one value for each index of `dim`. A weight stands for its magnitudes."""
+    rest = [d for d in range(score.ndim) if d != dim]
+    if reduction == "max":
+        return score.abs().amax(rest) if magnitude else score.amax(rest)
+    if reduction == "l2":
+        return torch.linalg.vector_norm(score, 2, rest).square()
+    return torch.linalg.vector_norm(score, 1, rest) if magnitude else score.sum(rest)
 
 
 def select(

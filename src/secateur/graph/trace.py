@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -217,11 +217,13 @@ def _record(model: nn.Module, example: Any, *, fake: bool) -> Recording:
 def _faked(tensor: Tensor, mode: FakeTensorMode | None, device: torch.device) -> Tensor:
     if mode is None:
         return tensor.detach().clone() if not isinstance(tensor, nn.Parameter) else nn.Parameter(tensor.detach(), False)
-    if tensor.is_meta and device.type != "meta":
-        with mode:
-            made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
-            return nn.Parameter(made, False) if isinstance(tensor, nn.Parameter) else made
-    return mode.from_tensor(tensor, static_shapes=True)
+    device = device if tensor.is_meta else tensor.device
+    if tensor.layout != torch.strided or type(tensor) not in (Tensor, nn.Parameter) or tensor.is_quantized:
+        return mode.from_tensor(tensor, static_shapes=True)
+    # what from_tensor does for a plain tensor, without describing it first: ten times faster
+    made = FakeTensor(mode, torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta"), device)
+    made._is_param = isinstance(tensor, nn.Parameter)  # type: ignore[attr-defined]
+    return made
 
 
 def _substitute(model: nn.Module, recorder: Recorder, mode: FakeTensorMode | None, device: torch.device) -> None:
