@@ -82,53 +82,84 @@ def choose_groups(graph: Graph, kinds: Sequence[str], ignore: Sequence[str] = ()
 
 def unit_scores(model: nn.Module, groups: Iterable[Group], scores: Scores, reduction: Reduction = "mean") -> dict[int, Tensor]:
     """For each group ``[units]``: the saliencies of all weights that go with a unit, reduced to one number."""
-    layers, _ = find_layers(model)
-    tensors = dict(model.named_parameters(remove_duplicate=False))
-    cache: dict[str, Tensor | None] = {}
-
-    def saliency(name: str) -> Tensor | None:
-        if name not in cache:
-            weight, layer = tensors.get(name), layers.get(name)
-            if weight is None or weight.ndim < 2:
-                cache[name] = None
-            elif scores == "l1":
-                cache[name] = weight.detach()
-            else:
-                weight = weight.detach()
-                found = scores.get(name) if isinstance(scores, Mapping) else scores(name, layer.canonical(weight) if layer else weight)
-                cache[name] = layer.stored(found) if found is not None and layer else found
-        return cache[name]
-
-    return {group.id: _fold(group, saliency, reduction, magnitude=scores == "l1") for group in groups}
+    saliency = _Saliency(model, scores, reduction)
+    return {group.id: _fold(group, saliency, reduction) for group in groups}
 
 
-def _fold(group: Group, saliency: Callable[[str], Tensor | None], reduction: Reduction, *, magnitude: bool) -> Tensor:
+def _fold(group: Group, saliency: _Saliency, reduction: Reduction) -> Tensor:
     total = torch.zeros(group.units, dtype=torch.float64)
     elements = 0.0
     for member in group.members:
-        score = saliency(member.tensor)
-        if score is None:
+        values = saliency.along(member.tensor, member.dim)
+        if values is None:
             continue
-        units, index = torch.from_numpy(member.units), torch.from_numpy(member.indices)
-        values = _along(score, member.dim, reduction, magnitude=magnitude)[index].double().cpu()
+        units, values = torch.from_numpy(member.units), values[torch.from_numpy(member.indices)]
         if reduction == "max":
             total = total.scatter_reduce(0, units, values, "amax")
         else:
             total.index_add_(0, units, values)
-            elements += score.numel() / score.shape[member.dim] * len(index) / group.units
+            elements += saliency.slice_size(member.tensor, member.dim) * len(values) / group.units
     if reduction == "l2":
         return total.sqrt()
     return total / max(elements, 1.0) if reduction == "mean" else total
 
 
-def _along(score: Tensor, dim: int, reduction: Reduction, *, magnitude: bool) -> Tensor:
-    """Reduce a saliency to one value for each index of `dim`. A weight stands for its magnitudes."""
-    rest = [d for d in range(score.ndim) if d != dim]
-    if reduction == "max":
-        return score.abs().amax(rest) if magnitude else score.amax(rest)
-    if reduction == "l2":
-        return torch.linalg.vector_norm(score, 2, rest).square()
-    return torch.linalg.vector_norm(score, 1, rest) if magnitude else score.sum(rest)
+class _Saliency:
+    """Saliencies of weights, summed (for l2 squared and summed, for max maximised) over all dimensions but one."""
+
+    def __init__(self, model: nn.Module, scores: Scores, reduction: Reduction):
+        self.layers, _ = find_layers(model)
+        self.tensors = dict(model.named_parameters(remove_duplicate=False))
+        self.scores, self.reduction = scores, reduction
+        self._found: dict[str, dict[int, Tensor]] = {}
+        self._scratch = torch.empty(0)
+
+    def slice_size(self, name: str, dim: int) -> float:
+        """Number of weights at one index of `dim`."""
+        weight = self.tensors[name]
+        return weight.numel() / weight.shape[dim]
+
+    def along(self, name: str, dim: int) -> Tensor | None:
+        """``[indices of dim]``, or None for what is no weight or has no saliency."""
+        if name not in self._found:
+            score = self._of(name)
+            self._found[name] = {d: self._reduce(score, d).double().cpu() for d in range(score.ndim)} if score is not None else {}
+        return self._found[name].get(dim)
+
+    def _of(self, name: str) -> Tensor | None:
+        weight, layer = self.tensors.get(name), self.layers.get(name)
+        if weight is None or weight.ndim < 2:
+            return None
+        weight = weight.detach()
+        if self.scores == "l1":
+            score = torch.abs(weight, out=self._room(weight))
+        elif isinstance(self.scores, Mapping):
+            given = self.scores.get(name)
+            if given is None:
+                return None
+            score = layer.stored(given) if layer else given
+        else:
+            given = self.scores(name, layer.canonical(weight) if layer else weight)  # type: ignore[operator]
+            score = layer.stored(given) if layer else given
+        score = score.square() if self.reduction == "l2" else score
+        if score.ndim <= 2 or layer is None or self.reduction == "max" or not score.is_floating_point():
+            return score
+        kernel = score.flatten(2)  # a matrix-vector product is the fastest of sums
+        return kernel.squeeze(-1) if kernel.shape[-1] == 1 else kernel @ kernel.new_ones(kernel.shape[-1])
+
+    def _room(self, like: Tensor) -> Tensor:
+        """Memory that is used again and again: asking for new pages takes longer than the sums."""
+        if self._scratch.numel() < like.numel() or self._scratch.dtype != like.dtype or self._scratch.device != like.device:
+            self._scratch = torch.empty(like.numel(), dtype=like.dtype, device=like.device)
+        return self._scratch[: like.numel()].view(like.shape)
+
+    def _reduce(self, score: Tensor, dim: int) -> Tensor:
+        rest = [d for d in range(score.ndim) if d != dim]
+        if self.reduction == "max":
+            return score.amax(rest)
+        if score.ndim == 2 and score.is_floating_point():
+            return score @ score.new_ones(score.shape[1]) if dim == 0 else score.new_ones(score.shape[0]) @ score
+        return score.sum(rest)
 
 
 def select(
@@ -197,14 +228,16 @@ def make_plan(graph: Graph, model: nn.Module, removed: Mapping[int, Iterable[int
 
     Raises LayerError where a tensor would be left empty, or where sizes in the forward cannot follow.
     """
-    flags = graph.flags({g: list(units) for g, units in removed.items()})
-    attributes, wrong = graph.attributes(flags)
+    removed_leaves = graph.flags(removed)
+    attributes, wrong = graph.attributes(removed_leaves)
     if wrong:
         raise LayerError(f"the sizes in the forward cannot follow this cut: {wrong[0]}")
     values = graph.recording.values
     cuts = []
-    for (name, dim), gone in graph.removed_indices(flags).items():
-        kept = np.setdiff1d(np.arange(values[name].shape[dim]), gone)
+    for (name, dim), gone in graph.removed_indices(removed_leaves).items():
+        flags = np.ones(values[name].shape[dim], bool)
+        flags[gone] = False
+        kept = np.flatnonzero(flags)
         if not len(kept):
             raise LayerError(
                 f"nothing would be left of dimension {dim} of {name!r}, shape {values[name].shape}. Lower the sparsity."
