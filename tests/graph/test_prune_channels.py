@@ -317,6 +317,21 @@ def test_forward_that_reads_values_is_traced_on_real_tensors_and_says_so():
     assert graph.units()
 
 
+def test_a_cut_that_would_send_the_forward_another_way_is_refused():
+    class Branches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 2)
+
+        def forward(self, x):
+            y = self.a(x)
+            return self.b(F.relu(y) if y.shape[-1] > 5 else y)
+
+    prune_channels(Branches(), torch.randn(2, 4), 0.25)
+    with pytest.raises(LayerError, match="would be 4 > 5"):
+        prune_channels(Branches(), torch.randn(2, 4), 0.5)
+
+
 @settings(max_examples=15)
 @given(st.integers(1, 3), st.integers(1, 4), st.sampled_from([1, 2, 4]), st.booleans(), st.integers(0, 10**6))
 def test_grouped_convolutions(multiplier, width, groups, transposed, seed):

@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from torch import nn
 
 from secateur.graph.couple import Coupler
-from secateur.graph.equations import Equation, attributes_in, counts_in, solve
+from secateur.graph.equations import Equation, attributes_in, counts_in, evaluate, solve, text
 from secateur.graph.labels import KEPT, Array, Labels
+from secateur.graph.sizes import COMPARISONS
 from secateur.graph.trace import Recording, Value, record
 
 _DIGITS = re.compile(r"\d+")
@@ -121,6 +122,15 @@ class Graph:
         chosen = self.coupler.equations if equations is None else equations
         found, wrong = solve(chosen, old, lambda labels: self.count(labels, removed))
         return {name: n for name, n in found.items() if n != old[name]}, wrong
+
+    def other_path(self, removed: NDArray[np.bool_], attributes: dict[str, int]) -> str | None:
+        """The first comparison of sizes in the forward that would come out otherwise after a cut."""
+        old = self.recording.sizes.old
+        for left, symbol, right, result, module in self.recording.sizes.conditions:
+            a, b = (evaluate(e, attributes, old, lambda labels: self.count(labels, removed)) for e in (left, right))
+            if COMPARISONS[symbol](a, b) != result:
+                return f"{text(left)} {symbol} {text(right)} in {module or 'the model itself'}, which would be {a} {symbol} {b}"
+        return None
 
     def _expanded(self, labels: Array) -> tuple[Array, Array]:
         key = id(labels)

@@ -232,6 +232,8 @@ def make_plan(graph: Graph, model: nn.Module, removed: Mapping[int, Iterable[int
     attributes, wrong = graph.attributes(removed_leaves)
     if wrong:
         raise LayerError(f"the sizes in the forward cannot follow this cut: {wrong[0]}")
+    if other := graph.other_path(removed_leaves, attributes):
+        raise LayerError(f"the forward depends on {other}. Keep more units there, or leave it out with ignore=.")
     values = graph.recording.values
     cuts = []
     for (name, dim), gone in graph.removed_indices(removed_leaves).items():

@@ -22,7 +22,7 @@ from secateur.graph.sizes import Sizes
 log = logging.getLogger("secateur")
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(eq=False, slots=True, repr=False)
 class Value:
     """One tensor of the recorded run. `labels` are filled in by the rules: one entry for each dimension."""
 
@@ -39,7 +39,7 @@ class Value:
         return len(self.shape)
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(eq=False, slots=True, repr=False)
 class Node:
     """One recorded operation. `args` and `kwargs` hold a `Value` wherever the call had a tensor."""
 

@@ -237,6 +237,19 @@ def split(c: Coupler, node: Node) -> list[list[Dim]]:
     return _parts(c, x, dim, sizes)
 
 
+@rule("glu")
+def glu(c: Coupler, node: Node) -> list[list[Dim]]:
+    """One half gates the other."""
+    x = node.args[0]
+    dim = _arg(node, 1, "dim", -1) % x.ndim
+    labels = list(c.labels_of(x))
+    own = labels[dim]
+    if own is not None:
+        first, second = own.reshape(2, -1)
+        labels[dim] = c.tie(first, second, node, "")
+    return [labels]
+
+
 @rule("split_with_sizes", "split_with_sizes_copy", "unsafe_split_with_sizes")
 def split_with_sizes(c: Coupler, node: Node) -> list[list[Dim]]:
     """Parts of given sizes."""
