@@ -123,7 +123,9 @@ class _Saliency:
         """``[indices of dim]``, or None for what is no weight or has no saliency."""
         if name not in self._found:
             score = self._of(name)
-            self._found[name] = {d: self._reduce(score, d).double().cpu() for d in range(score.ndim)} if score is not None else {}
+            self._found[name] = (
+                {d: self._reduce(score, d).double().cpu() for d in range(score.ndim)} if score is not None else {}
+            )
         return self._found[name].get(dim)
 
     def _of(self, name: str) -> Tensor | None:
