@@ -30,7 +30,13 @@ def llama() -> tuple[nn.Module, Any]:
     import transformers
 
     config = transformers.LlamaConfig(
-        vocab_size=8000, hidden_size=768, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=12, num_key_value_heads=4, use_cache=False
+        vocab_size=8000,
+        hidden_size=768,
+        intermediate_size=2048,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        num_key_value_heads=4,
+        use_cache=False,
     )
     return transformers.LlamaForCausalLM(config), {"input_ids": torch.randint(0, 8000, (1, 32))}
 
@@ -78,14 +84,21 @@ def peer(model: nn.Module, example: Any) -> tuple[float, float, nn.Module]:
         extra = {"num_heads": heads, "prune_num_heads": True, "head_pruning_ratio": 0.5}
     start = time.perf_counter()
     pruner = tp.pruner.BasePruner(
-        model, example, importance=tp.importance.GroupMagnitudeImportance(p=1), pruning_ratio=0.5, ignored_layers=ignored, **extra
+        model,
+        example,
+        importance=tp.importance.GroupMagnitudeImportance(p=1),
+        pruning_ratio=0.5,
+        ignored_layers=ignored,
+        **extra,
     )
     built = time.perf_counter()
     pruner.step()
     return built - start, time.perf_counter() - built, model
 
 
-def best(run: Callable[..., tuple[float, float, nn.Module]], model: nn.Module, example: Any, repeats: int) -> tuple[float, float, int]:
+def best(
+    run: Callable[..., tuple[float, float, nn.Module]], model: nn.Module, example: Any, repeats: int
+) -> tuple[float, float, int]:
     """The fastest of some runs, and the parameters left."""
     results = [run(copy.deepcopy(model), example) for _ in range(repeats)]
     build, chop, smaller = min(results, key=lambda r: r[0] + r[1])
@@ -104,7 +117,8 @@ def main() -> None:
     torch.set_num_threads(1)
     out = sys.stdout
     out.write(f"torch {torch.__version__}, float32, cpu, 1 thread, fastest of {options.repeats}\n\n")
-    out.write("| model | ours: build + cut (s) | left | Torch-Pruning: build + cut (s) | left | times faster |\n|---|---|---|---|---|---|\n")
+    out.write("| model | ours: build + cut (s) | left | Torch-Pruning: build + cut (s) | left | times faster |\n")
+    out.write("|---|---|---|---|---|---|\n")
     for name in options.names:
         torch.manual_seed(0)
         model, example = MODELS[name]()

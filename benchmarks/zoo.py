@@ -69,7 +69,23 @@ def timm_models() -> Iterator[tuple[str, Callable[[], tuple[nn.Module, Any]]]]:
     families: dict[str, list[str]] = {}
     for name in timm.list_models():
         families.setdefault(timm.models._registry._model_to_module[name], []).append(name)
-    big = ("giant", "huge", "xlarge", "_xl", "so400m", "so150m", "large", "_g", "enormous", "1b", "2b", "3b", "7b", "_h_", "_l_")
+    big = (
+        "giant",
+        "huge",
+        "xlarge",
+        "_xl",
+        "so400m",
+        "so150m",
+        "large",
+        "_g",
+        "enormous",
+        "1b",
+        "2b",
+        "3b",
+        "7b",
+        "_h_",
+        "_l_",
+    )
     for names in families.values():
         small = [n for n in names if not any(b in n for b in big)] or names[:1]
         for name in small[:: -(-len(small) // 6)]:
@@ -120,9 +136,16 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
         remarks = "; ".join([*r.get("notes", []), *(f"no rule: {u}" for u in r.get("unknown", [])), r.get("reason", "")])
         share = f"{r['left'] / r['parameters']:.0%}" if r.get("left") else "-"
         error = f"{r['error']:.0e}" if "error" in r else "-"
-        lines.append(
-            f"| {name} | {r['result']} | {r.get('parameters', 0):,} | {share} | {error} | {r.get('seconds', 0):.1f} | {remarks.strip('; ')[:160]} |"
-        )
+        cells = [
+            name,
+            r["result"],
+            f"{r.get('parameters', 0):,}",
+            share,
+            error,
+            f"{r.get('seconds', 0):.1f}",
+            remarks.strip("; ")[:160],
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -170,8 +193,9 @@ def main() -> None:
                     )
                 }
             r = rows[key]
+            left = r.get("left", 0) / r.get("parameters", 1)
             sys.stdout.write(
-                f"{key:50s} {r['result']} {r.get('seconds', 0):.1f}s {r.get('units')} {r.get('left', 0) / r.get('parameters', 1):.2f} {r.get('unknown') or ''} {r.get('notes') or ''}\n"
+                f"{key:50s} {r['result']} {r.get('seconds', 0):.1f}s {r.get('units')} {left:.2f} {r.get('unknown', '')}\n"
             )
             sys.stdout.flush()
             if options.json:

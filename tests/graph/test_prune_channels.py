@@ -284,14 +284,14 @@ def test_global_scope_takes_from_where_scores_are_low():
 def test_emptying_a_layer_is_refused_by_name():
     model, x = mlp(), torch.randn(1, 6)
     graph = trace(model, x)
-    with pytest.raises(LayerError, match="0.weight"):
+    with pytest.raises(LayerError, match=r"0\.weight"):
         make_plan(graph, model, {0: range(8)})
 
 
 def test_plan_of_another_model_is_refused():
     model, x = mlp(), torch.randn(1, 6)
     _, plan = prune_channels(model, x, 0.5)
-    with pytest.raises(ModelError, match="0.weight"):
+    with pytest.raises(ModelError, match=r"0\.weight"):
         cut(nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 10), nn.GELU(), nn.Linear(10, 3)), plan)
     with pytest.raises(ModelError, match="another model"):
         cut(nn.Linear(6, 3), plan)
@@ -339,8 +339,10 @@ def test_grouped_convolutions(multiplier, width, groups, transposed, seed):
     channels = groups * width * 2
     kind = nn.ConvTranspose2d if transposed else nn.Conv2d
     model = nn.Sequential(
-        nn.Conv2d(3, channels, 1), kind(channels, channels * multiplier, 3, groups=groups), nn.BatchNorm2d(channels * multiplier),
+        nn.Conv2d(3, channels, 1),
+        kind(channels, channels * multiplier, 3, groups=groups),
+        nn.BatchNorm2d(channels * multiplier),
         nn.Conv2d(channels * multiplier, 4, 1),
-    )  # fmt: skip
+    )
     smaller, _ = prune_channels(model, torch.randn(1, 3, 5, 5), 0.5)
     assert smaller[0].out_channels < channels

@@ -247,8 +247,8 @@ class Rows(Block):
 
 
 BLOCKS = [
-    Conv, Conv, Conv, Transposed, GroupNormed, Residual, OptionA, Dense, Parts, Sections, Gate, Gated, Shuffled, Direct, Attention, Tokens,
-    Again, Rows,
+    Conv, Conv, Conv, Transposed, GroupNormed, Residual, OptionA, Dense, Parts, Sections, Gate, Gated,
+    Shuffled, Direct, Attention, Tokens, Again, Rows,
 ]  # fmt: skip
 
 

@@ -32,8 +32,8 @@ class Residual:
 def removable_blocks(model: nn.Module, graph: Graph) -> list[Residual]:
     """Blocks of `model` that can be taken out, in order; blocks inside of others are left out."""
     calls: dict[str, list[ModuleCall]] = {}
-    for call in graph.recording.calls:
-        calls.setdefault(call.module, []).append(call)
+    for made in graph.recording.calls:
+        calls.setdefault(made.module, []).append(made)
     found: list[Residual] = []
     for path, container in model.named_modules():
         if not isinstance(container, (nn.ModuleList, nn.Sequential)) or any(path.startswith(f"{b.name}.") for b in found):
@@ -41,7 +41,8 @@ def removable_blocks(model: nn.Module, graph: Graph) -> list[Residual]:
         names = [f"{path}.{key}" if path else key for key in container._modules]
         blocks = []
         for name in names:
-            call = calls[name][0] if len(calls.get(name, [])) == 1 else None
+            own = calls.get(name, [])
+            call = own[0] if len(own) == 1 else None
             parameters = sum(p.numel() for p in model.get_submodule(name).parameters())
             if call and parameters and call.inputs and call.outputs and call.inputs[0].shape == call.outputs[0].shape:
                 blocks.append((Residual(name, call.inputs[0].shape, parameters), call))
@@ -61,9 +62,10 @@ def _adds_its_input(graph: Graph, call: ModuleCall) -> bool:
     return False
 
 
-_PASSING = frozenset(
-    "view _unsafe_view permute transpose clone detach alias contiguous _to_copy dropout roll constant_pad_nd slice".split()
-)
+_PASSING = frozenset({
+    "view", "_unsafe_view", "permute", "transpose", "clone", "detach", "alias",
+    "contiguous", "_to_copy", "dropout", "roll", "constant_pad_nd", "slice",
+})  # fmt: skip
 
 
 @torch.no_grad()

@@ -129,10 +129,10 @@ class _Saliency:
         return self._found[name].get(dim)
 
     def _of(self, name: str) -> Tensor | None:
-        weight, layer = self.tensors.get(name), self.layers.get(name)
-        if weight is None or weight.ndim < 2:
+        layer = self.layers.get(name)
+        if name not in self.tensors or self.tensors[name].ndim < 2:
             return None
-        weight = weight.detach()
+        weight = self.tensors[name].detach()
         if self.scores == "l1":
             score = torch.abs(weight, out=self._room(weight))
         elif isinstance(self.scores, Mapping):

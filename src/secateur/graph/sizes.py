@@ -46,10 +46,11 @@ COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
 class Size(int):
     """An integer that remembers the expression it came from."""
 
-    expr: Expr
-    owner: Sizes
+    expr: Expr  #: how it came about
+    owner: Sizes  #: the run it belongs to
 
     def __new__(cls, value: int, expr: Expr, owner: Sizes) -> Size:
+        """The integer `value` that came about as `expr` in the run of `owner`."""
         self = super().__new__(cls, value)
         self.expr, self.owner = expr, owner
         return self

@@ -154,7 +154,8 @@ def record(model: nn.Module, example: Any) -> Recording:
         recording = _record(model, example, fake=False)
     except Exception as error:
         raise ModelError(
-            f"the forward of {type(model).__name__} fails on the example: {_short(error)}. Check the example's shapes and types."
+            f"the forward of {type(model).__name__} fails on the example: {_short(error)}. "
+            f"Check the example's shapes and types."
         ) from error
     recording.notes.append(note)
     return recording
