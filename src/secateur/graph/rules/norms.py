@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 def batch_norm(c: Coupler, node: Node) -> list[list[Dim]]:
     """Per channel: scale, shift and running statistics go with it."""
     labels = list(c.labels_of(node.args[0]))
-    for d in (0, *range(2, len(labels))):
-        c.freeze(labels[d], node, "a statistic is taken over it")
+    for d in (0, *range(2, len(labels))):  # of a standardised weight these are its inputs
+        c.mixed(labels[d], node)
     for other in node.args[1:5]:
         if isinstance(other, Value) and other.ndim == 1 and other.shape[0] > 1:
             labels[1] = c.tie(labels[1], c.labels_of(other)[0], node, "its normalisation cannot be cut")
