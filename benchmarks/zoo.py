@@ -43,7 +43,7 @@ def torchvision_models() -> Iterator[tuple[str, Callable[[], tuple[nn.Module, An
             continue
         size = {"inception_v3": 299}.get(name, 224)
         shape = (1, 3, 16, 112, 112) if video.__name__ in module else (1, 3, size, size)
-        if "mvit" in name or "swin3d" in name:
+        if "mvit" in name or "swin3d" in name or name == "s3d":
             shape = (1, 3, 16, 224, 224)
         options: dict[str, Any] = {"weights": None}
         if "segmentation" in module:

@@ -272,7 +272,11 @@ def _layers(graph: Graph, cuts: Sequence[Cut]) -> tuple[LayerPlan, ...]:
 def _skipped(graph: Graph, cuts: Sequence[Cut]) -> dict[str, str]:
     """Weights of which no dimension is cut, with the reason of the first group that could have been."""
     cut_names = {c.tensor for c in cuts}
-    skipped: dict[str, str] = {}
+    skipped: dict[str, str] = {
+        name: "the forward that was traced does not use it; where another does, it may no longer fit"
+        for name, value in graph.recording.values.items()
+        if value.labels is None and value.ndim >= 2
+    }
     for group in graph.groups:
         for member in group.members:
             if group.reason and member.tensor not in cut_names and graph.recording.values[member.tensor].ndim >= 2:
