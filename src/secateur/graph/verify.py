@@ -19,8 +19,8 @@ from secateur.graph.graph import Graph
 from secateur.graph.trace import Node, Value, arguments, tensors_in, untouched
 
 _STATISTICS = frozenset({
-    "native_batch_norm", "_native_batch_norm_legit", "native_layer_norm", "_fused_rms_norm", "native_group_norm", "mean", "var", "std",
-    "var_mean", "std_mean", "norm", "linalg_vector_norm",
+    "native_batch_norm", "_native_batch_norm_legit", "native_layer_norm", "_fused_rms_norm", "native_group_norm", "mean", "var",
+    "std", "var_mean", "std_mean", "norm", "linalg_vector_norm",
 })  # fmt: skip
 
 
