@@ -140,7 +140,7 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any], str]] = {
         64], "depths": [1, 1, 2, 1], "groups_width": 8}, "image64"),
     "mobilevit": ("MobileViTConfig", "MobileViTForImageClassification", {"image_size": 64}, "image64"),
     "efficientnet": ("EfficientNetConfig", "EfficientNetForImageClassification", {"image_size": 64,
-        "width_coefficient": 0.5, "depth_coefficient": 0.5}, "image64"),
+        "width_coefficient": 0.5, "hidden_dim": 640, "depth_coefficient": 0.5}, "image64"),
     "yolos": ("YolosConfig", "YolosForObjectDetection", _VISION | {"image_size": [32, 32], "num_detection_tokens": 5},
         "image"),
     "dpt": ("DPTConfig", "DPTForSemanticSegmentation", _VISION | {"num_hidden_layers": 4, "backbone_out_indices": [0,

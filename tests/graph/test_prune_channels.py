@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from secateur.errors import LayerError, ModelError, RecipeError
+from secateur.errors import LayerError, ModelError, RecipeError, UnknownName
 from secateur.graph import cut, make_plan, prune_channels, recut, trace
 from secateur.types import Plan
 
@@ -152,18 +152,19 @@ def test_gated_halves_lose_exactly_what_was_asked():
 class Tied(nn.Module):
     def __init__(self):
         super().__init__()
-        self.first, self.second, self.last = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 2)
+        self.stem, self.first, self.second, self.last = nn.Linear(3, 6), nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 2)
         self.second.weight = self.first.weight
 
     def forward(self, x):
-        return self.last(self.second(F.relu(self.first(x))))
+        return self.last(self.second(F.relu(self.first(self.stem(x)))))
 
 
-def test_tied_weights_stay_tied_and_what_they_touch_at_the_input_stays():
-    smaller, plan = prune_channels(Tied(), torch.randn(2, 6), 0.5)
+def test_tied_weights_stay_tied_and_are_cut_alike_on_both_sides():
+    smaller, plan = prune_channels(Tied(), torch.randn(2, 3), 0.5)
     assert smaller.first.weight is smaller.second.weight
-    assert smaller.first.weight.shape[1] == 6
-    assert "first.weight" in plan.skipped or smaller.first.weight.shape[0] < 6
+    assert smaller.first.weight.shape == (3, 3)
+    kept = {(c.tensor, c.dim): c.kept for c in plan.cuts}
+    assert kept["first.weight", 0] == kept["first.weight", 1] == kept["stem.weight", 0]
 
 
 class Twice(nn.Module):
@@ -265,6 +266,32 @@ def test_meta_model_is_planned_without_values():
 def test_sparsity_out_of_range_is_refused(sparsity):
     with pytest.raises(RecipeError, match="fraction"):
         prune_channels(mlp(), torch.randn(1, 6), sparsity)
+
+
+def test_nothing_to_cut_is_an_error_and_not_a_silent_copy():
+    with pytest.raises(LayerError, match="output of the model"):
+        prune_channels(nn.Linear(4, 8), torch.randn(1, 4), 0.5)
+
+
+def test_ignored_layers_stay_as_they_are_and_have_to_exist():
+    smaller, _ = prune_channels(mlp(), torch.randn(1, 6), 0.5, ignore=("4",))
+    assert smaller[4].weight.shape == (3, 10)
+    assert smaller[0].out_features == 4
+    with pytest.raises(UnknownName, match="'5'"):
+        prune_channels(mlp(), torch.randn(1, 6), 0.5, ignore=("5",))
+
+
+def test_parts_that_the_forward_does_not_use_are_named():
+    class Extra(nn.Sequential):
+        def __init__(self):
+            super().__init__(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+            self.unused = nn.ModuleList([nn.Linear(8, 3)])
+
+        def forward(self, x):
+            return self[2](self[1](self[0](x)))
+
+    _, plan = prune_channels(Extra(), torch.randn(1, 4), 0.5)
+    assert "does not use" in plan.skipped["unused.0.weight"]
 
 
 def test_round_to_and_min_width():

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from secateur.errors import LayerError, ModelError, RecipeError
+from secateur.errors import LayerError, ModelError, RecipeError, UnknownName
 from secateur.graph.cut import cut
 from secateur.graph.graph import KINDS, Graph, Group, trace
 from secateur.graph.verify import difference
@@ -44,12 +44,16 @@ def prune_channels(
     units to remove (see `Group`), `ignore` names or shell patterns of parameters or modules to leave as they are, `round_to`
     the multiple that widths are rounded to, and `reduction` how the saliencies of a unit's coupled slices make its score.
     Unless `verify` is off, the result is compared on the example with the original in which the same units are masked.
-    Raises RecipeError for a sparsity out of [0, 1), ModelError where the forward fails or the comparison does.
+    Raises RecipeError for a sparsity out of [0, 1), UnknownName where `ignore` matches nothing, LayerError where nothing can
+    be cut, and ModelError where the forward fails or the comparison does.
 
     >>> smaller, plan = prune_channels(model, torch.randn(1, 3, 224, 224), sparsity=0.5)
     """
     graph = trace(model, example)
     groups = choose_groups(graph, kinds, ignore)
+    if not groups:
+        reason = next((g.reason for g in graph.groups if g.reason and g.kind in kinds), "it has no units of these kinds")
+        raise LayerError(f"nothing of {type(model).__name__} can be cut as {', '.join(kinds)}: {reason}")
     ranked = unit_scores(model, groups, scores, reduction)
     removed = select(graph, groups, ranked, sparsity, round_to=round_to, min_width=min_width, scope=scope)
     plan = make_plan(graph, model, removed)
@@ -69,6 +73,10 @@ def choose_groups(graph: Graph, kinds: Sequence[str], ignore: Sequence[str] = ()
     for kind in kinds:
         if kind not in KINDS:
             raise RecipeError(f"unknown kind of unit {kind!r}. Known: {', '.join(KINDS)}.")
+    names = graph.recording.values
+    for pattern in ignore:
+        if not any(matches(pattern, name) for name in names):
+            raise UnknownName("layer", pattern, {n.rpartition(".")[0] or n for n in names})
     wanted = [
         g for g in graph.units() if g.kind in kinds and not any(matches(p, m.tensor) for p in ignore for m in g.members)
     ]  # fmt: skip
