@@ -67,8 +67,20 @@ class LayerStats:
 class Pattern(Protocol):
     """How the elements of a weight fold into removable units, and the groups within which units compete."""
 
-    name: str
-    sparsity: float | None  #: the sparsity the pattern itself fixes (n:m), or None where the user chooses
+    @property
+    def name(self) -> str:
+        """As users write it: ``element``, ``2:4``."""
+        ...
+
+    @property
+    def sparsity(self) -> float | None:
+        """The sparsity that the pattern itself fixes (n:m), or None where the user chooses."""
+        ...
+
+    @property
+    def whole_outputs(self) -> bool:
+        """Whether a unit is all of an output, so that its bias goes with it."""
+        ...
 
     def refuses(self, shape: torch.Size) -> str | None:
         """The reason why a canonical weight of this shape cannot have the pattern, or None where it can."""
@@ -82,23 +94,35 @@ class Pattern(Protocol):
 
 @dataclass(frozen=True)
 class UnitScores:
-    """One layer's scores as an allocation sees them: ``scores [groups, units]``, each unit standing for `elements` weights."""
+    """One layer as an allocation sees it. `scores` is computed anew at each access, so that one layer is held at a time."""
 
     name: str
-    scores: Tensor
-    elements: int
     shape: torch.Size  #: canonical shape of the weight
+    groups: int
+    units: int  #: in each group
+    elements: int  #: weights that one unit stands for
+    compute: Callable[[], Tensor]
 
     @property
-    def units(self) -> int:
-        """Units in the layer, over all groups."""
-        return self.scores.numel()
+    def scores(self) -> Tensor:
+        """Float32 ``[groups, units]``, higher = keep, -inf where the unit was removed before."""
+        return self.compute()
+
+    @property
+    def total(self) -> int:
+        """Units in all groups."""
+        return self.groups * self.units
 
 
 #: Lazy mapping of layer name to scores, and a sparsity in [0, 1) -> units kept in each group, ``[groups]`` for each layer.
 Allocation = Callable[[Mapping[str, UnitScores], float], Mapping[str, IntTensor]]
-#: Progress 0..1 -> share of the target sparsity reached. The target is passed for schedules that are not linear in it.
+#: Progress 0..1 and the target sparsity -> the sparsity to have at that moment.
 Schedule = Callable[[float, float], float]
+
+
+def bits_of(tensor: Tensor) -> Tensor:
+    """The tensor's memory as integers of the same width. Their product with a mask is an exact +0.0, fast, even of NaN."""
+    return tensor.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
 
 
 class MaskSet(Mapping[str, BoolTensor]):
@@ -164,7 +188,7 @@ class MaskSet(Mapping[str, BoolTensor]):
                 raise KeyError(f"the model has no parameter {name!r}; the mask was made for another model")
             if parameters[name].shape != mask.shape:
                 raise ValueError(f"parameter {name!r} is {tuple(parameters[name].shape)}, its mask {tuple(mask.shape)}")
-            parameters[name].masked_fill_(~mask.to(parameters[name].device), 0)
+            bits_of(parameters[name]).mul_(mask.to(parameters[name].device))
 
 
 class Solver(Protocol):

@@ -1,0 +1,101 @@
+"""What a recipe means for one model and its data: every name looked up, every layer found, nothing computed yet."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+
+from torch import nn
+
+from secateur.data.batches import Batch, Batches, Loss
+from secateur.errors import RecipeError
+from secateur.layers import Layer
+from secateur.recipe import Recipe
+from secateur.schedules import make_schedule
+from secateur.selection import Method, prunable, resolve, target_sparsity
+from secateur.stats import Calibration, collect
+from secateur.types import Need, Schedule
+
+
+@dataclass(frozen=True)
+class Job:
+    """A recipe resolved for one model. `train` is what to fine-tune on, `example` what to run the model on."""
+
+    recipe: Recipe
+    method: Method
+    sparsity: float
+    schedule: Schedule
+    layers: dict[str, Layer]
+    skipped: dict[str, str]
+    batches: Batches | None
+    train: Batches | None
+    loss: Loss | None
+    example: Batch | None
+
+    @property
+    def pattern_name(self) -> str:
+        """As users write it."""
+        return self.method.pattern.name
+
+    def statistics(self, model: nn.Module) -> Calibration:
+        """What the method's criterion and solver need to know of `model`, of which `layers` must be."""
+        return collect(
+            model,
+            self.layers,
+            self.method.needs,
+            batches=self.batches,
+            loss=self.loss,
+            seed=self.recipe.seed,
+            example=self.example,
+        )
+
+
+def prepare(
+    model: nn.Module,
+    recipe: Recipe,
+    *,
+    data: Iterable[Batch] | None = None,
+    train: Iterable[Batch] | None = None,
+    loss: Loss | None = None,
+    example: Batch | None = None,
+) -> Job:
+    """Resolve `recipe` for `model`. Whatever is wrong with it is said here, before any work is done.
+
+    Raises RecipeError, UnknownName, LayerError, NonFiniteError or DataError.
+    """
+    method = resolve(
+        criterion=recipe.criterion,
+        pattern=recipe.pattern,
+        allocation=recipe.allocation,
+        reduction=recipe.reduction,
+        solver=recipe.solver,
+    )
+    sparsity = target_sparsity(recipe.sparsity, method.pattern)
+    layers, skipped = prunable(model, method.pattern, layers=recipe.layers, ignore=recipe.ignore)
+    batches = None if data is None else Batches(data)
+    training = batches if train is None else Batches(train)
+    check_data(recipe, method.criterion_name, method.needs, batches, training)
+    if example is None and batches is not None:
+        example = next(iter(batches))
+    return Job(recipe, method, sparsity, _schedule(recipe), layers, skipped, batches, training, loss, example)
+
+
+def check_data(recipe: Recipe, criterion: str, needs: Collection[Need], batches: Batches | None, train: Batches | None) -> None:
+    """Raise RecipeError where the recipe needs batches that were not given."""
+    if recipe.finetune is not None and train is None:
+        raise RecipeError("finetune needs batches to train on: pass train= (or data=)")
+    if batches is not None:
+        return
+    if needed := sorted(n.value for n in needs if n.data):
+        raise RecipeError(f"criterion {criterion!r} needs {', '.join(needed)}: pass data=, an iterable of batches")
+    if recipe.reestimate_norms:
+        raise RecipeError("reestimate_norms needs calibration batches: pass data=")
+
+
+def _schedule(recipe: Recipe) -> Schedule:
+    name = recipe.schedule if isinstance(recipe.schedule, str) else recipe.schedule.get("name")
+    if name == "one-shot" and recipe.steps > 1:
+        raise RecipeError(
+            f"schedule 'one-shot' has one step, steps={recipe.steps}. Use schedule='iterative', 'cubic' or 'exponential'."
+        )
+    return make_schedule(recipe.schedule)

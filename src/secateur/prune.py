@@ -1,0 +1,293 @@
+"""The procedure: recipe + model + data -> Result. It calls the pieces in order and does no arithmetic of its own."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from secateur.data.batches import Batch, Loss
+from secateur.export.artifact import check_target, save
+from secateur.job import Job, prepare
+from secateur.layers import find_layers
+from secateur.measure.latency import compare_latency
+from secateur.measure.measure import measure
+from secateur.measure.quality import Evaluate, qualities
+from secateur.patterns import Units, make_pattern
+from secateur.progress import advance
+from secateur.recipe import Recipe
+from secateur.repair import reestimate_norms
+from secateur.report.build import environment, layer_report
+from secateur.report.html import render
+from secateur.resume import Progress
+from secateur.selection import choose, solve
+from secateur.structured import UnitJob, choose_units, cut_units, prepare_units
+from secateur.train.finetune import finetune
+from secateur.types import LayerPlan, MaskSet, Measurement, Plan, Point, Report, Result, Sensitivity
+
+log = logging.getLogger("secateur")
+RecipeLike = Recipe | Mapping[str, Any] | str | Path | None
+
+
+def prune(
+    model: nn.Module,
+    recipe: RecipeLike = None,
+    *,
+    data: Iterable[Batch] | None = None,
+    train: Iterable[Batch] | None = None,
+    loss: Loss | None = None,
+    evaluate: Evaluate | None = None,
+    example: Batch | None = None,
+    out: str | Path | None = None,
+    overwrite: bool = False,
+    inplace: bool = False,
+    source: str | None = None,
+    before: Measurement | None = None,
+    sensitivity: Sequence[Sensitivity] = (),
+    **changes: Any,
+) -> Result:
+    """Prune a trained model, repair it, and measure what that cost and won.
+
+    Args:
+        model: any module. It is left untouched unless `inplace`.
+        recipe: a `Recipe`, a mapping, or the path of a TOML or JSON file.
+        data: calibration batches, needed by criteria that look at gradients or activations and to re-estimate norms.
+        train: batches to fine-tune on, where the recipe asks for it; `data` by default.
+        loss: ``loss(model, batch) -> scalar``; the model's own or cross-entropy by default.
+        evaluate: ``evaluate(model) -> float`` or a dict of floats, run before and after.
+        example: a batch to count multiply-adds and to time; the first of `data` by default.
+        out: directory for the artifact: weights, masks, recipe and report.
+        overwrite: replace `out` where it exists.
+        source: where the model came from, recorded in the artifact so that `sc.load` can rebuild it.
+        before: the measurement of the dense model, where it was made already (``report.before`` of another run).
+        sensitivity: what `scan` found of this model, to be shown in the report.
+        changes: any key of the recipe, laid over it: ``sparsity=0.9, criterion="taylor", pattern="2:4", ...``.
+
+    Returns:
+        Result with `model`, `masks`, `plan` and `report`.
+
+    Raises:
+        RecipeError, DataError, LayerError, NonFiniteError, ArtifactError: each says what, where and what to do. Nothing is
+            written and the model is as before.
+
+    Example:
+        >>> import torch, secateur as sc
+        >>> result = sc.prune(torch.nn.Linear(8, 8), sparsity=0.5)
+        >>> result.masks.sparsity()
+        0.5
+    """
+    started = time.monotonic()
+    wanted = Recipe.make(recipe, **changes)
+    units = make_pattern(wanted.pattern)
+    if isinstance(units, Units):
+        job: Job | UnitJob = prepare_units(model, wanted, units, data=data, train=train, loss=loss, example=example)
+    else:
+        job = prepare(model, wanted, data=data, train=train, loss=loss, example=example)
+    if out is not None:
+        check_target(out, overwrite=overwrite)
+    if before is None:
+        before = measure(model, job.example, evaluate=evaluate, latency=inplace)
+    original = {n: p.detach().clone() if inplace else p.detach() for n, p in model.named_parameters()}
+    progress = Progress(out, wanted.to_toml(), model) if out is not None and _is_long(job) else None
+    outcome = _carry_out(job, model, evaluate, before, progress, inplace)
+    after = measure(outcome.model, job.example, evaluate=evaluate, latency=inplace)
+    if not inplace:
+        before, after = _timed_side_by_side(model, outcome.model, job.example, before, after)
+    report = _report(job, outcome, original, before, after, time.monotonic() - started)
+    report = replace(report, sensitivity=tuple(sensitivity))
+    result = Result(outcome.model, outcome.masks, outcome.plan, report)
+    if out is not None:
+        _save(result, wanted, out, overwrite, source)
+    if progress is not None:
+        progress.clear()
+    return result
+
+
+def plan(
+    model: nn.Module,
+    recipe: RecipeLike = None,
+    *,
+    data: Iterable[Batch] | None = None,
+    loss: Loss | None = None,
+    example: Batch | None = None,
+    **changes: Any,
+) -> Plan:
+    """Dry run: how much every layer would lose, and which layers are left alone and why. The model is not touched.
+
+    Of a recipe with several steps this is the first choice at the final sparsity.
+
+    Example:
+        >>> import torch, secateur as sc
+        >>> sc.plan(torch.nn.Linear(8, 8), sparsity=0.5).layers[0].kept
+        32
+    """
+    wanted = Recipe.make(recipe, **changes)
+    units = make_pattern(wanted.pattern)
+    if isinstance(units, Units):
+        return choose_units(model, prepare_units(model, wanted, units, data=data, train=data, loss=loss, example=example)).plan
+    job = prepare(model, wanted, data=data, train=data, loss=loss, example=example)
+    masks = choose(job.layers, job.statistics(model).layers, sparsity=job.sparsity, method=job.method)
+    return _plan(job, masks)
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """The pruned model and what was done to it."""
+
+    model: nn.Module
+    masks: MaskSet
+    plan: Plan
+    points: list[Point]
+    notes: list[str]
+
+
+def _is_long(job: Job | UnitJob) -> bool:
+    """Whether a run that is stopped would lose enough to be worth its state on disk."""
+    return job.recipe.finetune is not None or (job.recipe.steps > 1 and job.batches is not None)
+
+
+def _carry_out(
+    job: Job | UnitJob,
+    model: nn.Module,
+    evaluate: Evaluate | None,
+    before: Measurement,
+    progress: Progress | None,
+    inplace: bool,
+) -> _Outcome:
+    points = [_point(job, 0.0, before.quality)] if before.quality else []
+    if isinstance(job, UnitJob):
+        cut = cut_units(model, job, inplace=inplace)
+        _repair(job, cut.model, 0, None, progress)
+        return _Outcome(cut.model, cut.masks, cut.plan, points, list(cut.notes))
+    pruned = model if inplace else copy.deepcopy(model)
+    job = replace(job, layers=find_layers(pruned, layers=list(job.layers))[0])
+    masks, points, notes = _steps(job, pruned, evaluate, points, progress)
+    return _Outcome(pruned, masks, _plan(job, masks), points, notes)
+
+
+def _steps(
+    job: Job, model: nn.Module, evaluate: Evaluate | None, points: list[Point], progress: Progress | None
+) -> tuple[MaskSet, list[Point], list[str]]:
+    """All pruning steps on `model` in place, going on where a run that was stopped left off."""
+    done, masks, earlier = (0, None, []) if progress is None else progress.restore(model)
+    points = earlier or points
+    notes: list[str] = []
+    steps = job.recipe.steps
+    for step in range(done, steps):
+        advance("prune", step, steps)
+        masks, said = _step(job, model, step, masks, progress)
+        notes += [n for n in said if n not in notes]
+        if evaluate is not None and job.recipe.finetune is not None and step + 1 < steps:
+            points.append(_point(job, masks.sparsity(), qualities(evaluate, model)))
+        if progress is not None:
+            progress.save(step + 1, model, masks, points)
+    advance("prune", steps, steps)
+    assert masks is not None
+    return masks, points, notes
+
+
+def _step(
+    job: Job, model: nn.Module, step: int, masks: MaskSet | None, progress: Progress | None
+) -> tuple[MaskSet, tuple[str, ...]]:
+    """One pruning step: statistics, masks and weights, repair, training."""
+    target = job.schedule((step + 1) / job.recipe.steps, job.sparsity)
+    calibration = job.statistics(model)
+    masks = solve(job.layers, calibration.layers, sparsity=target, method=job.method, previous=masks)
+    _repair(job, model, step, masks, progress)
+    return masks, calibration.notes
+
+
+def _repair(job: Job | UnitJob, model: nn.Module, step: int, masks: MaskSet | None, progress: Progress | None) -> None:
+    """What the recipe asks for after each step: norm statistics, then training."""
+    if job.recipe.reestimate_norms and job.batches is not None:
+        reestimate_norms(model, job.batches)
+    if job.recipe.finetune is not None and job.train is not None:
+        settings = job.recipe.finetune.model_dump()
+        checkpoint = None if progress is None else progress.training
+        finetune(model, job.train, masks=masks, loss=job.loss, seed=job.recipe.seed + step, checkpoint=checkpoint, **settings)
+
+
+def _point(job: Job | UnitJob, sparsity: float, quality: Mapping[str, float]) -> Point:
+    return Point(_title(job, with_share=False), sparsity, next(iter(quality.values())))
+
+
+def _plan(job: Job, masks: MaskSet) -> Plan:
+    layers = tuple(
+        LayerPlan(n, tuple(m.shape), m.numel(), int(m.count_nonzero()), job.method.pattern.name)
+        for n, m in masks.items()
+        if n in job.layers
+    )
+    return Plan(layers, (), job.skipped)
+
+
+def _timed_side_by_side(
+    model: nn.Module, pruned: nn.Module, example: Batch | None, before: Measurement, after: Measurement
+) -> tuple[Measurement, Measurement]:
+    """Latency of both, taking turns run by run: what disturbs the machine disturbs both alike."""
+    if example is None:
+        return before, after
+    found = compare_latency({"before": model, "after": pruned}, example)
+    return replace(before, latency=found["before"].latency), replace(after, latency=found["after"].latency)
+
+
+def _report(
+    job: Job | UnitJob,
+    outcome: _Outcome,
+    original: Mapping[str, torch.Tensor],
+    before: Measurement,
+    after: Measurement,
+    seconds: float,
+) -> Report:
+    masks, plan = outcome.masks, outcome.plan
+    left = {} if plan.cuts else dict(outcome.model.named_parameters())
+    layers = tuple(
+        layer_report(p.name, original[p.name], masks[p.name], p.pattern, weight_after=left.get(p.name)) for p in plan.layers
+    )
+    notes, points = list(outcome.notes), list(outcome.points)
+    if collapsed := [layer.name for layer in layers if layer.kept == 0]:
+        notes.append(f"these layers lost every weight and pass nothing on: {', '.join(collapsed)}")
+        log.warning("%s", notes[-1])
+    metric = next(iter(after.quality), None)
+    if metric is not None:
+        points.append(_point(job, plan.sparsity, after.quality))
+    return Report(
+        title=_title(job),
+        before=before,
+        after=after,
+        metric=metric,
+        layers=layers,
+        skipped=plan.skipped,
+        notes=tuple(notes),
+        points=tuple(points),
+        recipe=job.recipe.to_toml(),
+        environment=environment(seed=job.recipe.seed),
+        seconds=seconds,
+    )
+
+
+def _title(job: Job | UnitJob, with_share: bool = True) -> str:
+    """``magnitude 90% element``, or ``magnitude 2:4`` where the pattern says how much."""
+    criterion = job.recipe.criterion if isinstance(job.recipe.criterion, str) else job.recipe.criterion["name"]
+    share = f" {100 * job.sparsity:.4g}%" if with_share and ":" not in job.pattern_name else ""
+    return f"{criterion}{share} {job.pattern_name}"
+
+
+def _save(result: Result, recipe: Recipe, out: str | Path, overwrite: bool, source: str | None) -> None:
+    save(
+        result.model,
+        out,
+        masks=None if result.plan.cuts else result.masks,  # a cut model's masks have other shapes; its plan says as much
+        plan=result.plan,
+        report=result.report,
+        recipe=recipe.to_toml(),
+        source=source,
+        overwrite=overwrite,
+        extra_files={"report.html": render(result.report)},
+    )

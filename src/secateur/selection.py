@@ -1,0 +1,204 @@
+"""From statistics to masks: score, fold, allocate, choose. The path that every kind of pruning of weights takes."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import BoolTensor, IntTensor, Tensor, nn
+
+from secateur.allocation import ALLOCATIONS
+from secateur.criteria import CRITERIA
+from secateur.errors import LayerError, NonFiniteError, RecipeError
+from secateur.layers import Layer, check_finite, find_layers, non_finite_message
+from secateur.patterns import REDUCTIONS, Units, make_pattern, reduce
+from secateur.registry import Named, bind
+from secateur.select import top
+from secateur.solvers import SOLVERS
+from secateur.sparsity import check_sparsity
+from secateur.types import LayerStats, MaskSet, Need, Pattern, UnitScores
+
+
+@dataclass(frozen=True)
+class Method:
+    """A resolved way of choosing weights: every name looked up, every option checked, nothing computed yet."""
+
+    criterion: Callable[[LayerStats], Tensor]
+    criterion_name: str
+    needs: frozenset[Need]
+    reduction: str
+    pattern: Pattern
+    allocation: Callable[[Mapping[str, UnitScores], float], Mapping[str, IntTensor]]
+    solver: Callable[..., tuple[BoolTensor, Tensor]]
+
+
+def resolve(
+    *,
+    criterion: Named = "magnitude",
+    pattern: Named | Pattern = "element",
+    allocation: Named | None = None,
+    reduction: str | None = None,
+    solver: Named = "keep",
+) -> Method:
+    """Look up and check the pieces of a method. The allocation defaults to global, or to uniform where the pattern fixes it."""
+    made = make_pattern(pattern)
+    if isinstance(made, Units):
+        raise RecipeError(
+            f"pattern {made.name!r} cuts units out and makes no masks: use sc.prune, or pattern 'neuron' for masks"
+        )
+    fixed = made.sparsity is not None
+    name, allocate = bind(ALLOCATIONS, allocation or ("uniform" if fixed else "global"))
+    if fixed and name != "uniform":
+        raise RecipeError(
+            f"pattern {made.name} fixes the sparsity of every group, so allocation {name!r} has nothing to decide. "
+            "Leave the allocation out or use 'uniform'."
+        )
+    criterion_name, score = bind(CRITERIA, criterion)
+    facts = CRITERIA[criterion_name].facts
+    solver_name, solve = bind(SOLVERS, solver)
+    reduction = reduction or facts["reduction"]
+    if reduction not in REDUCTIONS:
+        reduce(torch.zeros(1, 1, 1), reduction)
+    needs = frozenset(facts["needs"]) | frozenset(SOLVERS[solver_name].facts["needs"])
+    return Method(score, criterion_name, needs, reduction, made, allocate, solve)
+
+
+def target_sparsity(sparsity: object, pattern: Pattern) -> float:
+    """The sparsity to reach: the one asked for, or the one that the pattern fixes."""
+    if pattern.sparsity is None:
+        if sparsity is None:
+            raise RecipeError("sparsity is missing: give the fraction of weights to remove, such as sparsity=0.5")
+        return check_sparsity(sparsity)
+    if sparsity is not None and abs(check_sparsity(sparsity) - pattern.sparsity) > 1e-9:
+        raise RecipeError(
+            f"pattern {pattern.name} removes exactly {pattern.sparsity:g} of the weights; sparsity={sparsity!r} is another. "
+            "Leave the sparsity out."
+        )
+    return pattern.sparsity
+
+
+def prunable(
+    model: nn.Module, pattern: Pattern, *, layers: Sequence[str] | None = None, ignore: Sequence[str] = ()
+) -> tuple[dict[str, Layer], dict[str, str]]:
+    """The layers to prune, and for each one that is left alone the reason: among them that its shape cannot have the pattern.
+
+    Raises LayerError where none is left, and where a layer that `layers` asks for cannot have the pattern; UnknownName for
+    names that match nothing; NonFiniteError for NaN or infinite weights.
+    """
+    found, skipped = find_layers(model, layers=layers, ignore=ignore)
+    refusals = {n: pattern.refuses(layer.shape) for n, layer in found.items()}
+    refused = {n: reason for n, reason in refusals.items() if reason is not None}
+    if refused and layers is not None:
+        name, why = next(iter(refused.items()))
+        raise LayerError(f"the layer {name!r} was asked for, but cannot have pattern {pattern.name}: {why}")
+    fit = {n: layer for n, layer in found.items() if n not in refused}
+    if not fit:
+        reasons = "; ".join(f"{n}: {r}" for n, r in list({**skipped, **refused}.items())[:5])
+        raise LayerError(f"there is nothing to prune. {reasons or 'The model has no linear, convolution or recurrent layer'}.")
+    check_finite(fit.values())
+    return fit, {**skipped, **refused}
+
+
+class Scores(Mapping[str, UnitScores]):
+    """Unit scores of every layer, computed one layer at a time whenever they are asked for.
+
+    Units that `previous` masks removed score -inf: what is gone stays gone, and counts as removed.
+    """
+
+    def __init__(
+        self, layers: Mapping[str, Layer], stats: Mapping[str, LayerStats], method: Method, previous: MaskSet | None = None
+    ):
+        self._layers, self._stats, self._method, self._previous = layers, stats, method, previous
+        self._units = {n: self._make(n) for n in layers}
+
+    def __getitem__(self, name: str) -> UnitScores:
+        return self._units[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._units)
+
+    def __len__(self) -> int:
+        return len(self._units)
+
+    def _make(self, name: str) -> UnitScores:
+        shape = self._layers[name].shape
+        folded = self._method.pattern.fold(torch.empty(shape, device="meta"))
+        groups, units, elements = folded.shape
+        return UnitScores(name, shape, groups, units, elements, functools.partial(self._compute, name))
+
+    @torch.no_grad()
+    def _compute(self, name: str) -> Tensor:
+        method, layer = self._method, self._layers[name]
+        saliency = method.criterion(self._stats[name])
+        if saliency.shape != layer.shape:
+            raise LayerError(
+                f"criterion {method.criterion_name!r} gave shape {tuple(saliency.shape)} for the weight {name!r} "
+                f"of shape {tuple(layer.shape)}"
+            )
+        scores = reduce(method.pattern.fold(saliency), method.reduction).float()
+        self._check(name, scores)
+        if self._previous is not None and name in self._previous:
+            mask = layer.canonical(self._previous[name]).to(scores.device)
+            scores = torch.where(method.pattern.fold(mask).any(2), scores, -torch.inf)
+        return scores
+
+    def _check(self, name: str, scores: Tensor) -> None:
+        low, high = torch.aminmax(scores)
+        if not (torch.isfinite(low) and torch.isfinite(high)):
+            what = f"the scores of {name!r} by criterion {self._method.criterion_name!r}"
+            raise NonFiniteError(non_finite_message(what, scores))
+
+
+def choose(
+    layers: Mapping[str, Layer],
+    stats: Mapping[str, LayerStats],
+    *,
+    sparsity: float,
+    method: Method,
+    previous: MaskSet | None = None,
+) -> MaskSet:
+    """Masks that remove `sparsity` of the units of `layers`, by the method; the solver's weights are not wanted.
+
+    `previous` masks are respected: what they removed stays removed and counts towards the sparsity. Where the pattern
+    removes whole outputs there are masks of their biases too.
+    """
+    scores = Scores(layers, stats, method, previous)
+    counts = method.allocation(scores, sparsity)
+    masks: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        units = scores[name]
+        _add_masks(masks, layer, method, method.pattern.unfold(top(units.scores, counts[name]), units.shape))
+    return MaskSet(masks)
+
+
+@torch.no_grad()
+def solve(
+    layers: Mapping[str, Layer],
+    stats: Mapping[str, LayerStats],
+    *,
+    sparsity: float,
+    method: Method,
+    previous: MaskSet | None = None,
+) -> MaskSet:
+    """As `choose`, and the solver writes the surviving weights into the model the layers belong to."""
+    scores = Scores(layers, stats, method, previous)
+    counts = method.allocation(scores, sparsity)
+    masks: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        units = scores[name]
+        mask, weight = method.solver(
+            layer.canonical(layer.parameter.detach()), units.scores, counts[name], method.pattern, stats[name]
+        )
+        layer.parameter.copy_(layer.stored(weight))
+        _add_masks(masks, layer, method, mask)
+        if layer.bias in masks:
+            layer.module.bias.masked_fill_(~masks[layer.bias], 0)  # type: ignore[operator, union-attr, index]
+    return MaskSet(masks)
+
+
+def _add_masks(masks: dict[str, Tensor], layer: Layer, method: Method, mask: Tensor) -> None:
+    masks[layer.name] = layer.stored(mask)
+    if method.pattern.whole_outputs and layer.bias is not None:
+        masks[layer.bias] = mask.flatten(1).any(1)
