@@ -23,7 +23,7 @@ class Need(enum.Enum):
     HESSIAN_GRAD = "hessian_grad"  #: Hessian times mean gradient (GraSP)
     SYNFLOW_GRAD = "synflow_grad"  #: gradient of SynFlow's R: all-ones input through the network of absolute weights
     INPUT_NORM = "input_norm"  #: l2 norm of each input feature over all samples and positions
-    GRAM = "gram"  #: X X^T over all samples and positions
+    GRAM = "gram"  #: X X^T over all samples and positions, ``[groups, d, d]`` with d = in * kernel
     NORM_SCALE = "norm_scale"  #: |gamma| of the normalisation that follows the layer
     OUTPUT = "output"  #: statistics of the layer's output
 
@@ -38,7 +38,9 @@ class LayerStats:
     """What is known of one layer's weight when it is scored.
 
     All tensors are float32 and in canonical orientation: ``[out, in, *kernel]`` whatever the module stores. `input_norm`
-    broadcasts against the weight. A statistic that nobody collected is None, and `need` turns that into an error.
+    broadcasts against the weight. `gram` is ``[groups, in * kernel, in * kernel]``: the inputs of the g-th equal share of the
+    outputs; layers that share their input share the tensor. A statistic that nobody collected is None, and `need` turns
+    that into an error.
     """
 
     name: str
