@@ -27,7 +27,7 @@ from secateur.report.html import render
 from secateur.resume import Progress
 from secateur.selection import choose, solve
 from secateur.train.finetune import finetune
-from secateur.types import LayerPlan, MaskSet, Measurement, Plan, Point, Report, Result
+from secateur.types import LayerPlan, MaskSet, Measurement, Plan, Point, Report, Result, Solved
 
 log = logging.getLogger("secateur")
 RecipeLike = Recipe | Mapping[str, Any] | str | Path | None
@@ -88,10 +88,10 @@ def prune(
     original = {n: _weight(model, n).clone() if inplace else _weight(model, n) for n in job.layers}
     pruned = model if inplace else copy.deepcopy(model)
     job = replace(job, layers=find_layers(pruned, layers=list(job.layers))[0])
-    masks, points, notes = _run(job, pruned, evaluate, before, progress)
+    solved, points = _run(job, pruned, evaluate, before, progress)
     after = measure(pruned, job.example, evaluate=evaluate)
-    report = _report(job, pruned, original, masks, before, after, points, notes, time.monotonic() - started)
-    result = Result(pruned, masks, _plan(job, masks), report)
+    report = _report(job, pruned, original, solved, before, after, points, time.monotonic() - started)
+    result = Result(pruned, solved.masks, _plan(job, solved.masks), report)
     if out is not None:
         _save(result, job.recipe, out, overwrite, source)
     if progress is not None:
@@ -129,40 +129,39 @@ def _is_long(job: Job) -> bool:
 
 def _run(
     job: Job, model: nn.Module, evaluate: Evaluate | None, before: Measurement, progress: Progress | None
-) -> tuple[MaskSet, list[Point], list[str]]:
-    """All pruning steps on `model` in place, going on where a run that was stopped left off."""
+) -> tuple[Solved, list[Point]]:
+    """All pruning steps on `model` in place, going on where a run that was stopped left off; errors are those of the last."""
     done, masks, points = (0, None, []) if progress is None else progress.restore(model)
+    solved = Solved(masks or MaskSet({}))
     if before.quality and not points:
         points = [_point(job, 0.0, before.quality)]
     notes: list[str] = []
     steps = job.recipe.steps
     for step in range(done, steps):
         advance("prune", step, steps)
-        masks, said = _step(job, model, step, masks, progress)
-        notes += [n for n in said if n not in notes]
+        solved = _step(job, model, step, solved.masks or None, progress)
+        notes += [n for n in solved.notes if n not in notes]
         if evaluate is not None and job.recipe.finetune is not None and step + 1 < steps:
-            points.append(_point(job, masks.sparsity(), qualities(evaluate, model)))
+            points.append(_point(job, solved.masks.sparsity(), qualities(evaluate, model)))
         if progress is not None:
-            progress.save(step + 1, model, masks, points)
+            progress.save(step + 1, model, solved.masks, points)
     advance("prune", steps, steps)
-    assert masks is not None
-    return masks, points, notes
+    return replace(solved, notes=tuple(notes)), points
 
 
-def _step(
-    job: Job, model: nn.Module, step: int, masks: MaskSet | None, progress: Progress | None
-) -> tuple[MaskSet, tuple[str, ...]]:
+def _step(job: Job, model: nn.Module, step: int, masks: MaskSet | None, progress: Progress | None) -> Solved:
     """One pruning step: statistics, masks and weights, repair, training."""
     target = job.schedule((step + 1) / job.recipe.steps, job.sparsity)
     calibration = job.statistics(model)
-    masks = solve(job.layers, calibration.layers, sparsity=target, method=job.method, previous=masks)
+    solved = solve(job.layers, calibration.layers, sparsity=target, method=job.method, previous=masks)
     if job.recipe.reestimate_norms and job.batches is not None:
         reestimate_norms(model, job.batches)
     if job.recipe.finetune is not None and job.train is not None:
         settings = job.recipe.finetune.model_dump()
         checkpoint = None if progress is None else progress.training
-        finetune(model, job.train, masks=masks, loss=job.loss, seed=job.recipe.seed + step, checkpoint=checkpoint, **settings)
-    return masks, calibration.notes
+        seed = job.recipe.seed + step
+        finetune(model, job.train, masks=solved.masks, loss=job.loss, seed=seed, checkpoint=checkpoint, **settings)
+    return replace(solved, notes=(*calibration.notes, *solved.notes))
 
 
 def _weight(model: nn.Module, name: str) -> torch.Tensor:
@@ -186,18 +185,21 @@ def _report(
     job: Job,
     pruned: nn.Module,
     original: Mapping[str, torch.Tensor],
-    masks: MaskSet,
+    solved: Solved,
     before: Measurement,
     after: Measurement,
     points: list[Point],
-    notes: list[str],
     seconds: float,
 ) -> Report:
     pattern = job.method.pattern.name
-    layers = tuple(layer_report(n, original[n], masks[n], pattern, weight_after=_weight(pruned, n)) for n in job.layers)
+    masks, notes = solved.masks, list(solved.notes)
+    layers = tuple(
+        layer_report(n, original[n], masks[n], pattern, solved.errors.get(n), weight_after=_weight(pruned, n))
+        for n in job.layers
+    )
     collapsed = [layer.name for layer in layers if layer.kept == 0]
     if collapsed:
-        notes = [*notes, f"these layers lost every weight and pass nothing on: {', '.join(collapsed)}"]
+        notes.append(f"these layers lost every weight and pass nothing on: {', '.join(collapsed)}")
         log.warning("%s", notes[-1])
     metric = next(iter(after.quality), None)
     if metric is not None:

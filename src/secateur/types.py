@@ -193,14 +193,30 @@ class MaskSet(Mapping[str, BoolTensor]):
             bits_of(parameters[name]).mul_(mask.to(parameters[name].device))
 
 
+@dataclass(frozen=True)
+class Solution:
+    """What a solver found for one layer: mask and weight in canonical shape, zero wherever the mask is False."""
+
+    mask: BoolTensor
+    weight: Tensor
+    notes: tuple[str, ...] = ()  #: what went another way than the plain one; the report repeats it
+
+
 class Solver(Protocol):
     """Chooses the mask and the surviving weights of one layer together. Weight, scores and results are canonical."""
 
-    def __call__(
-        self, weight: Tensor, scores: Tensor, keep: IntTensor, pattern: Pattern, stats: LayerStats
-    ) -> tuple[BoolTensor, Tensor]:
-        """`scores [groups, units]` and `keep [groups]` -> mask and new weight, both in the weight's shape."""
+    def __call__(self, weight: Tensor, scores: Tensor, keep: IntTensor, pattern: Pattern, stats: LayerStats) -> Solution:
+        """`scores [groups, units]`, -inf where removed before, and `keep [groups]` -> mask of exact counts, and weight."""
         ...
+
+
+@dataclass(frozen=True)
+class Solved:
+    """Masks of layers that were solved, and what there is to say about it."""
+
+    masks: MaskSet
+    errors: Mapping[str, float] = field(default_factory=dict)  #: relative output error, where the Gram matrix was known
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
