@@ -16,8 +16,8 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "unstructured-90": ("90% of all weights, wherever they matter least", {"sparsity": 0.9, "steps": 2, "schedule": "cubic"}),
     "two-of-four": ("2 of every 4 weights, the pattern that GPUs compute faster", {"pattern": "2:4"}),
     "half-the-channels": (
-        "half of the channels, as whole filters",
-        {"sparsity": 0.5, "pattern": "neuron", "allocation": "uniform", "ignore": ["4"]},
+        "half of the channels, cut out for real",
+        {"sparsity": 0.5, "pattern": "channel"},
     ),
 }
 
@@ -44,7 +44,9 @@ def command(
         err.print("1. Training a small residual network on handwritten digits ...")
     with progress_bars(json):
         model = trained()
-    reports = [_run(model, name, to, json, number) for number, name in enumerate(RUNS, start=2)]
+    reports: list[Any] = []
+    for number, name in enumerate(RUNS, start=2):
+        reports.append(_run(model, name, to, json, number, reports[0].before if reports else None))
     write_page(to / "report.html", render_comparison(reports))
     if json:
         print_json(reports)
@@ -56,7 +58,7 @@ def command(
     out.print("Your own model next: [bold]secateur prune --help[/bold]", markup=True)
 
 
-def _run(model: Any, name: str, to: Path, json: bool, number: int) -> Any:
+def _run(model: Any, name: str, to: Path, json: bool, number: int, before: Any) -> Any:
     import secateur as sc
     from secateur.data.evaluate import accuracy
     from secateur.demo import digits
@@ -67,7 +69,7 @@ def _run(model: Any, name: str, to: Path, json: bool, number: int) -> Any:
     with progress_bars(json):
         result = sc.prune(
             model, {**recipe, "finetune": {"epochs": 3, "lr": 2e-3}}, data=digits("train"),
-            evaluate=accuracy(digits("test")), example=digits("test", batch_size=1)[0], out=to / name, overwrite=True,
-            source="secateur.demo:network",
+            evaluate=accuracy(digits("test")), example=digits("test")[0], out=to / name, overwrite=True,
+            source="secateur.demo:network", before=before,
         )  # fmt: skip
     return result.report
