@@ -6,7 +6,7 @@ import copy
 import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from secateur.resume import Progress
 from secateur.selection import choose, solve
 from secateur.structured import UnitJob, choose_units, cut_units, prepare_units
 from secateur.train.finetune import finetune
-from secateur.types import LayerPlan, MaskSet, Measurement, Plan, Point, Report, Result, Sensitivity
+from secateur.types import LayerPlan, MaskSet, Measurement, Plan, Point, Report, Result, Sensitivity, Solved
 
 log = logging.getLogger("secateur")
 RecipeLike = Recipe | Mapping[str, Any] | str | Path | None
@@ -146,6 +146,7 @@ class _Outcome:
     plan: Plan
     points: list[Point]
     notes: list[str]
+    errors: Mapping[str, float] = field(default_factory=dict)  #: relative output error by layer
 
 
 def _is_long(job: Job | UnitJob) -> bool:
@@ -168,40 +169,37 @@ def _carry_out(
         return _Outcome(cut.model, cut.masks, cut.plan, points, list(cut.notes))
     pruned = model if inplace else copy.deepcopy(model)
     job = replace(job, layers=find_layers(pruned, layers=list(job.layers))[0])
-    masks, points, notes = _steps(job, pruned, evaluate, points, progress)
-    return _Outcome(pruned, masks, _plan(job, masks), points, notes)
+    solved, points = _steps(job, pruned, evaluate, points, progress)
+    return _Outcome(pruned, solved.masks, _plan(job, solved.masks), points, list(solved.notes), solved.errors)
 
 
 def _steps(
     job: Job, model: nn.Module, evaluate: Evaluate | None, points: list[Point], progress: Progress | None
-) -> tuple[MaskSet, list[Point], list[str]]:
-    """All pruning steps on `model` in place, going on where a run that was stopped left off."""
+) -> tuple[Solved, list[Point]]:
+    """All pruning steps on `model` in place, going on where a run that was stopped left off; errors are those of the last."""
     done, masks, earlier = (0, None, []) if progress is None else progress.restore(model)
-    points = earlier or points
+    solved, points = Solved(masks or MaskSet({})), earlier or points
     notes: list[str] = []
     steps = job.recipe.steps
     for step in range(done, steps):
         advance("prune", step, steps)
-        masks, said = _step(job, model, step, masks, progress)
-        notes += [n for n in said if n not in notes]
+        solved = _step(job, model, step, solved.masks or None, progress)
+        notes += [n for n in solved.notes if n not in notes]
         if evaluate is not None and job.recipe.finetune is not None and step + 1 < steps:
-            points.append(_point(job, masks.sparsity(), qualities(evaluate, model)))
+            points.append(_point(job, solved.masks.sparsity(), qualities(evaluate, model)))
         if progress is not None:
-            progress.save(step + 1, model, masks, points)
+            progress.save(step + 1, model, solved.masks, points)
     advance("prune", steps, steps)
-    assert masks is not None
-    return masks, points, notes
+    return replace(solved, notes=tuple(notes)), points
 
 
-def _step(
-    job: Job, model: nn.Module, step: int, masks: MaskSet | None, progress: Progress | None
-) -> tuple[MaskSet, tuple[str, ...]]:
+def _step(job: Job, model: nn.Module, step: int, masks: MaskSet | None, progress: Progress | None) -> Solved:
     """One pruning step: statistics, masks and weights, repair, training."""
     target = job.schedule((step + 1) / job.recipe.steps, job.sparsity)
     calibration = job.statistics(model)
-    masks = solve(job.layers, calibration.layers, sparsity=target, method=job.method, previous=masks)
-    _repair(job, model, step, masks, progress)
-    return masks, calibration.notes
+    solved = solve(job.layers, calibration.layers, sparsity=target, method=job.method, previous=masks)
+    _repair(job, model, step, solved.masks, progress)
+    return replace(solved, notes=(*calibration.notes, *solved.notes))
 
 
 def _repair(job: Job | UnitJob, model: nn.Module, step: int, masks: MaskSet | None, progress: Progress | None) -> None:
@@ -248,7 +246,10 @@ def _report(
     masks, plan = outcome.masks, outcome.plan
     left = {} if plan.cuts else dict(outcome.model.named_parameters())
     layers = tuple(
-        layer_report(p.name, original[p.name], masks[p.name], p.pattern, weight_after=left.get(p.name)) for p in plan.layers
+        layer_report(
+            p.name, original[p.name], masks[p.name], p.pattern, outcome.errors.get(p.name), weight_after=left.get(p.name)
+        )
+        for p in plan.layers
     )
     notes, points = list(outcome.notes), list(outcome.points)
     if collapsed := [layer.name for layer in layers if layer.kept == 0]:

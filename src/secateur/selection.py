@@ -7,18 +7,20 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import BoolTensor, IntTensor, Tensor, nn
+from torch import IntTensor, Tensor, nn
 
 from secateur.allocation import ALLOCATIONS
 from secateur.criteria import CRITERIA
 from secateur.errors import LayerError, NonFiniteError, RecipeError
 from secateur.layers import Layer, check_finite, find_layers, non_finite_message
 from secateur.patterns import REDUCTIONS, Units, make_pattern, reduce
+from secateur.progress import track
+from secateur.quadratic import output_error
 from secateur.registry import Named, bind
 from secateur.select import top
 from secateur.solvers import SOLVERS
 from secateur.sparsity import check_sparsity
-from secateur.types import LayerStats, MaskSet, Need, Pattern, UnitScores
+from secateur.types import LayerStats, MaskSet, Need, Pattern, Solution, Solved, UnitScores
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Method:
     reduction: str
     pattern: Pattern
     allocation: Callable[[Mapping[str, UnitScores], float], Mapping[str, IntTensor]]
-    solver: Callable[..., tuple[BoolTensor, Tensor]]
+    solver: Callable[..., Solution]
 
 
 def resolve(
@@ -181,21 +183,35 @@ def solve(
     sparsity: float,
     method: Method,
     previous: MaskSet | None = None,
-) -> MaskSet:
+) -> Solved:
     """As `choose`, and the solver writes the surviving weights into the model the layers belong to."""
     scores = Scores(layers, stats, method, previous)
     counts = method.allocation(scores, sparsity)
     masks: dict[str, Tensor] = {}
-    for name, layer in layers.items():
-        units = scores[name]
-        mask, weight = method.solver(
-            layer.canonical(layer.parameter.detach()), units.scores, counts[name], method.pattern, stats[name]
-        )
-        layer.parameter.copy_(layer.stored(weight))
-        _add_masks(masks, layer, method, mask)
+    errors: dict[str, float] = {}
+    notes: list[str] = []
+    for name, layer in track(layers.items(), "solve", len(layers)):
+        solution, error = _solve_layer(layer, stats[name], scores[name], counts[name], method)
+        _add_masks(masks, layer, method, solution.mask)
         if layer.bias in masks:
             layer.module.bias.masked_fill_(~masks[layer.bias], 0)  # type: ignore[operator, union-attr, index]
-    return MaskSet(masks)
+        if error is not None:
+            errors[name] = error
+        notes += solution.notes
+    return Solved(MaskSet(masks), errors, tuple(notes))
+
+
+def _solve_layer(
+    layer: Layer, stats: LayerStats, units: UnitScores, keep: IntTensor, method: Method
+) -> tuple[Solution, float | None]:
+    """The solver's answer, written into the layer's parameter, and its relative output error where the inputs are known."""
+    before = layer.canonical(layer.parameter.detach())
+    solution = method.solver(before, units.scores, keep, method.pattern, stats)
+    error = None if stats.gram is None else output_error(stats.gram, before, solution.weight)
+    if not bool(torch.isfinite(solution.weight.sum())):
+        raise NonFiniteError(non_finite_message(f"the repaired weight {layer.name!r}", solution.weight))
+    layer.parameter.copy_(layer.stored(solution.weight))
+    return solution, error
 
 
 def _add_masks(masks: dict[str, Tensor], layer: Layer, method: Method, mask: Tensor) -> None:

@@ -23,7 +23,7 @@ class Need(enum.Enum):
     HESSIAN_GRAD = "hessian_grad"  #: Hessian times mean gradient (GraSP)
     SYNFLOW_GRAD = "synflow_grad"  #: gradient of SynFlow's R: all-ones input through the network of absolute weights
     INPUT_NORM = "input_norm"  #: l2 norm of each input feature over all samples and positions
-    GRAM = "gram"  #: X X^T over all samples and positions
+    GRAM = "gram"  #: X X^T over all samples and positions, ``[groups, d, d]`` with d = in * kernel
     NORM_SCALE = "norm_scale"  #: |gamma| of the normalisation that follows the layer
     OUTPUT = "output"  #: statistics of the layer's output
 
@@ -38,7 +38,9 @@ class LayerStats:
     """What is known of one layer's weight when it is scored.
 
     All tensors are float32 and in canonical orientation: ``[out, in, *kernel]`` whatever the module stores. `input_norm`
-    broadcasts against the weight. A statistic that nobody collected is None, and `need` turns that into an error.
+    broadcasts against the weight. `gram` is ``[groups, in * kernel, in * kernel]``: the inputs of the g-th equal share of the
+    outputs; layers that share their input share the tensor. A statistic that nobody collected is None, and `need` turns
+    that into an error.
     """
 
     name: str
@@ -191,14 +193,30 @@ class MaskSet(Mapping[str, BoolTensor]):
             bits_of(parameters[name]).mul_(mask.to(parameters[name].device))
 
 
+@dataclass(frozen=True)
+class Solution:
+    """What a solver found for one layer: mask and weight in canonical shape, zero wherever the mask is False."""
+
+    mask: BoolTensor
+    weight: Tensor
+    notes: tuple[str, ...] = ()  #: what went another way than the plain one; the report repeats it
+
+
 class Solver(Protocol):
     """Chooses the mask and the surviving weights of one layer together. Weight, scores and results are canonical."""
 
-    def __call__(
-        self, weight: Tensor, scores: Tensor, keep: IntTensor, pattern: Pattern, stats: LayerStats
-    ) -> tuple[BoolTensor, Tensor]:
-        """`scores [groups, units]` and `keep [groups]` -> mask and new weight, both in the weight's shape."""
+    def __call__(self, weight: Tensor, scores: Tensor, keep: IntTensor, pattern: Pattern, stats: LayerStats) -> Solution:
+        """`scores [groups, units]`, -inf where removed before, and `keep [groups]` -> mask of exact counts, and weight."""
         ...
+
+
+@dataclass(frozen=True)
+class Solved:
+    """Masks of layers that were solved, and what there is to say about it."""
+
+    masks: MaskSet
+    errors: Mapping[str, float] = field(default_factory=dict)  #: relative output error, where the Gram matrix was known
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

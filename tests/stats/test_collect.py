@@ -366,7 +366,7 @@ def test_data_is_asked_for():
         collect(model, layers, {Need.GRAD}, batches=Batches([images()]), loss=lambda m, b: m(b[0]))
 
 
-@pytest.mark.parametrize("need", [Need.GRAM, Need.OUTPUT, Need.NORM_SCALE])
+@pytest.mark.parametrize("need", [Need.OUTPUT, Need.NORM_SCALE])
 def test_a_statistic_that_is_not_collected_is_refused(need):
     with pytest.raises(RecipeError, match=need.value):
         run(small_cnn(), [images()], {need})

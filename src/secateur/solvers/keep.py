@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import torch
-from torch import BoolTensor, IntTensor, Tensor
+from torch import IntTensor, Tensor
 
 from secateur.select import top
-from secateur.types import LayerStats, Pattern
+from secateur.types import LayerStats, Pattern, Solution
 
 
-def keep(weight: Tensor, scores: Tensor, keep: IntTensor, pattern: Pattern, stats: LayerStats) -> tuple[BoolTensor, Tensor]:
+def keep(weight: Tensor, scores: Tensor, keep: IntTensor, pattern: Pattern, stats: LayerStats) -> Solution:
     """Mask of the ``keep[g]`` best units of each group, and the weight with the others zeroed."""
     mask = pattern.unfold(top(scores, keep), weight.shape)
-    return mask, torch.where(mask, weight, 0)
+    return Solution(mask, torch.where(mask, weight, 0))

@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import logging
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from secateur.layers import Layer, check_finite
 from secateur.progress import track
 from secateur.stats import nonfinite
 from secateur.stats.gradients import SquaredGradients, Sums, gradients, hessian_gradient, scalar
+from secateur.stats.gram import Grams
 from secateur.stats.guard import check_reached, listed, ordinary, untouched
 from secateur.stats.inputs import InputNorms
 from secateur.stats.synflow import synflow_gradient
@@ -26,7 +27,7 @@ from secateur.types import LayerStats, Need
 
 log = logging.getLogger("secateur")
 _DIFFERENTIATED = {Need.GRAD, Need.GRAD_ONE, Need.GRAD_SQ, Need.HESSIAN_GRAD}
-_SUPPORTED = _DIFFERENTIATED | {Need.WEIGHT, Need.SYNFLOW_GRAD, Need.INPUT_NORM}
+_SUPPORTED = _DIFFERENTIATED | {Need.WEIGHT, Need.SYNFLOW_GRAD, Need.INPUT_NORM, Need.GRAM}
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def collect(
     ``.grad`` fields, hooks and the random state are as before, even when the pass is interrupted. `loss` is the mean over a
     batch's samples, by default the model's own or cross-entropy; gradients are means over samples, so that for such a loss
     nothing depends on how samples are batched. A loss that is a mean over tokens weights tokens by batch. Padding
-    (``attention_mask``) is left out of input norms. `example` serves SYNFLOW_GRAD where there are no batches.
+    (``attention_mask``) is left out of input norms and Gram matrices. `example` serves SYNFLOW_GRAD where there are no batches.
 
     ``weight`` of the result is a view of the parameter (a float32 copy of other types), so it follows later changes.
 
@@ -108,6 +109,8 @@ class _Pass:
         self.layers = list(layers.values())
         self.differentiate = bool(wanted & _DIFFERENTIATED)
         self.norms = InputNorms(model, layers) if Need.INPUT_NORM in wanted else None
+        self.grams = Grams(model, layers) if Need.GRAM in wanted else None
+        self.watchers = [w for w in (self.norms, self.grams) if w is not None]
         self.mean = Sums(self.layers) if wanted & {Need.GRAD, Need.HESSIAN_GRAD} else None
         self.first = Sums(self.layers) if Need.GRAD_ONE in wanted else None
         self.squared = SquaredGradients(model, loss, self.layers) if Need.GRAD_SQ in wanted else None
@@ -118,14 +121,14 @@ class _Pass:
     def notes(self) -> list[str]:
         """What went another way than the best."""
         notes = [self.squared.note] if self.squared is not None and self.squared.note else []
-        if self.norms is not None and self.norms.unmasked:
-            names = listed(self.norms.unmasked)
-            notes.append(f"padding is counted in the input norms of {names}: their positions are not those of attention_mask")
+        if unmasked := sorted({name for watcher in self.watchers for name in watcher.unmasked}):
+            names = listed(unmasked)
+            notes.append(f"padding is counted among the inputs of {names}: their positions are not those of attention_mask")
         return notes
 
     def run(self, batches: Batches) -> int:
         """Go through the batches once, or through the first where no more is needed; the number of samples seen."""
-        first_only = not self.wanted & (_DIFFERENTIATED - {Need.GRAD_ONE} | {Need.INPUT_NORM})
+        first_only = not self.wanted & (_DIFFERENTIATED - {Need.GRAD_ONE} | {Need.INPUT_NORM, Need.GRAM})
         for index, batch in enumerate(_tracked(batches, "calibrate", limit=1 if first_only else None)):
             self._add(index, ordinary(batch))
         return self.samples
@@ -145,11 +148,14 @@ class _Pass:
         """One forward pass with the hooks on, and one backward pass with them off where anything asks for gradients."""
         wants_gradient = self.mean is not None or (self.first is not None and index == 0)
         wants_gradient |= self.differentiate and not all(self.reached)
-        if not wants_gradient and self.norms is None:
+        if not wants_gradient and not self.watchers:
             return []
-        with torch.set_grad_enabled(wants_gradient), self.norms.recording(batch) if self.norms else nullcontext():
+        with ExitStack() as stack:
+            stack.enter_context(torch.set_grad_enabled(wants_gradient))
+            for watcher in self.watchers:
+                stack.enter_context(watcher.recording(batch))
             value = scalar(self.loss(self.model, batch)) if wants_gradient else forward(self.model, batch)
-        if (wants_gradient and not torch.isfinite(value)) or (self.norms and not self.norms.finite()):
+        if (wants_gradient and not torch.isfinite(value)) or not all(w.finite() for w in self.watchers):
             nonfinite.explain(self.model, lambda: (self.loss if wants_gradient else forward)(self.model, batch), index)
         if not wants_gradient:
             return []
@@ -164,10 +170,11 @@ class _Pass:
                 [la.name for la, seen in zip(self.layers, self.reached, strict=True) if not seen], "the loss does not reach"
             )
         found: dict[Need, dict[str, Tensor]] = {}
+        for watcher in self.watchers:
+            check_reached([la.name for la in self.layers if la.name not in watcher.seen], "no call was seen of the modules of")
+        if self.grams is not None:
+            found[Need.GRAM] = self.grams.take()
         if self.norms is not None:
-            check_reached(
-                [la.name for la in self.layers if la.name not in self.norms.seen], "no call was seen of the modules of"
-            )
             found[Need.INPUT_NORM] = {la.name: self.norms.norm(la) for la in self.layers}
         if self.first is not None:
             found[Need.GRAD_ONE] = self.first.mean(1)

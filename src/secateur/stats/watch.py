@@ -1,0 +1,129 @@
+"""Watching the inputs of layers by hooks that are there during one forward pass only."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from secateur.data.batches import Batch, token_mask
+from secateur.layers import Layer
+
+T = TypeVar("T")
+
+#: Whether a reader is at work: some call the module again, which no watcher must take for a call of the model's.
+_reading: ContextVar[bool] = ContextVar("reading", default=False)
+
+
+class Call:
+    """One call of a module: its arguments, and the padding mask of the batch it belongs to."""
+
+    def __init__(self, module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], mask: Tensor | None):
+        self.module, self.args, self.kwargs, self.mask = module, args, dict(kwargs), mask
+        self.unmasked = False  #: whether an input with a positions dimension did not line up with the mask
+
+    def argument(self, index: int, name: str) -> Any:
+        """The argument at `index` or by `name`; None where it was not given."""
+        return self.args[index] if index < len(self.args) else self.kwargs.get(name)
+
+    def first(self) -> Any:
+        """The first argument, however it is named."""
+        return self.args[0] if self.args else next(iter(self.kwargs.values()))
+
+    def squares(self, features: Tensor | PackedSequence) -> Tensor:
+        """Sum of squares of ``[..., features]`` over everything but the last dimension, padding left out. float64."""
+        data = features.data if isinstance(features, PackedSequence) else features
+        return torch.linalg.vector_norm(self.rows(data), dim=0, dtype=torch.float64).square()
+
+    def rows(self, data: Tensor) -> Tensor:
+        """``[..., features]`` as ``[n, features]``, padding left out."""
+        data = data.detach()
+        flat = data.reshape(-1, data.shape[-1])
+        if self.mask is None:
+            return flat
+        mask = self.mask.to(data.device)
+        if data.dim() >= 3 and data.shape[:2] == mask.shape:
+            return data[mask].reshape(-1, data.shape[-1])
+        if data.dim() == 2 and len(flat) == mask.numel():
+            return flat[mask.flatten()]
+        self.unmasked |= data.dim() >= 3
+        return flat
+
+
+class Watcher(ABC, Generic[T]):
+    """Reads the inputs of `layers` in the forward passes made inside `recording`; a subclass says how and keeps the sums."""
+
+    def __init__(self, model: nn.Module, layers: Mapping[str, Layer]):
+        self._sources: list[tuple[nn.Module, str, Callable[[Call], T | None]]] = []
+        self._unmasked: set[str] = set()
+        for layer in layers.values():
+            sources = [self.source(model, name) for name in (layer.name, *layer.aliases)]
+            # A module shared under two names is one module: hook it once.
+            self._sources += [(m, layer.name, read) for m, read in {id(m): (m, read) for m, read in sources}.values()]
+
+    @abstractmethod
+    def source(self, model: nn.Module, name: str) -> tuple[nn.Module, Callable[[Call], T | None]]:
+        """The module whose calls show the inputs of the parameter `name`, and how to read them; LayerError where none does."""
+
+    @abstractmethod
+    def add(self, layer: str, read: T) -> None:
+        """Take in what a call of the layer showed."""
+
+    @abstractmethod
+    def finite(self) -> bool:
+        """Whether everything read so far is finite."""
+
+    @property
+    @abstractmethod
+    def seen(self) -> set[str]:
+        """Layers that were called."""
+
+    @property
+    def unmasked(self) -> list[str]:
+        """Layers whose inputs have positions that do not line up with the padding mask: padding counts there."""
+        return sorted(self._unmasked)
+
+    @contextmanager
+    def recording(self, batch: Batch) -> Iterator[None]:
+        """Hooks on for one forward pass of `batch`; off afterwards, whatever happens."""
+        mask = token_mask(batch)
+        handles = [
+            module.register_forward_pre_hook(self._hook(layer, reader, mask), with_kwargs=True)
+            for module, layer, reader in self._sources
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _hook(self, layer: str, reader: Callable[[Call], T | None], mask: Tensor | None) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if _reading.get():
+                return
+            call = Call(module, args, kwargs, mask)
+            token = _reading.set(True)
+            try:
+                read = reader(call)
+                if read is not None:
+                    self.add(layer, read)
+            finally:
+                _reading.reset(token)
+            if call.unmasked:
+                self._unmasked.add(layer)
+
+        return hook
+
+
+def attention_parent(model: nn.Module, name: str) -> nn.MultiheadAttention | None:
+    """The attention module whose output projection the parameter `name` belongs to: it never calls that projection."""
+    module_name = name.rpartition(".")[0]
+    parent = model.get_submodule(module_name.rpartition(".")[0]) if module_name else None
+    is_projection = isinstance(parent, nn.MultiheadAttention) and model.get_submodule(module_name) is parent.out_proj
+    return parent if is_projection else None  # type: ignore[return-value]
