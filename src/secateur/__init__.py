@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOME = {
+    "hold": "secateur.train.hold",
     "prune": "secateur.prune",
 }
 
 if TYPE_CHECKING:
     from secateur.prune import prune as prune
+    from secateur.train.hold import hold as hold
 
 __all__ = ["__version__", *sorted(_HOME)]
 

@@ -47,6 +47,14 @@ class ArtifactError(SecateurError, ValueError):
     """An artifact directory that is missing, broken, hostile or in use."""
 
 
+class TrainingError(SecateurError, ValueError):
+    """Training that cannot start, go on, or be resumed."""
+
+
+class Interrupted(SecateurError, KeyboardInterrupt):
+    """Ctrl-C during training, after its state was saved; the message says how to go on."""
+
+
 class MissingExtra(SecateurError, ImportError):
     """A package of an optional extra is not installed."""
 

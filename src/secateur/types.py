@@ -82,22 +82,29 @@ class Pattern(Protocol):
 
 @dataclass(frozen=True)
 class UnitScores:
-    """One layer's scores as an allocation sees them: ``scores [groups, units]``, each unit standing for `elements` weights."""
+    """One layer as an allocation sees it. `scores` is computed anew at each access, so that one layer is held at a time."""
 
     name: str
-    scores: Tensor
-    elements: int
     shape: torch.Size  #: canonical shape of the weight
+    groups: int
+    units: int  #: in each group
+    elements: int  #: weights that one unit stands for
+    compute: Callable[[], Tensor]
 
     @property
-    def units(self) -> int:
-        """Units in the layer, over all groups."""
-        return self.scores.numel()
+    def scores(self) -> Tensor:
+        """Float32 ``[groups, units]``, higher = keep, -inf where the unit was removed before."""
+        return self.compute()
+
+    @property
+    def total(self) -> int:
+        """Units in all groups."""
+        return self.groups * self.units
 
 
 #: Lazy mapping of layer name to scores, and a sparsity in [0, 1) -> units kept in each group, ``[groups]`` for each layer.
 Allocation = Callable[[Mapping[str, UnitScores], float], Mapping[str, IntTensor]]
-#: Progress 0..1 -> share of the target sparsity reached. The target is passed for schedules that are not linear in it.
+#: Progress 0..1 and the target sparsity -> the sparsity to have at that moment.
 Schedule = Callable[[float, float], float]
 
 

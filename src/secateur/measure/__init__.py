@@ -1,0 +1,1 @@
+"""Sizes, cost, speed and quality of a model, and how sensitive each of its layers is."""

@@ -1,0 +1,219 @@
+"""The only top-k in the project: exact counts, ties broken by index (the lower index is kept), streamed when large.
+
+Scores are ordered by the bits of their float32 value, so two scores tie exactly when they are equal. A threshold that
+would remove all of a tie, or none of it, is never used alone: what is equal to it is counted out by index.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import BoolTensor, IntTensor, Tensor
+
+#: Gives the same float32 tensors, in the same order, each time it is called.
+Parts = Callable[[], Iterable[Tensor]]
+
+_CHUNK = 1 << 17  # elements handled at a time: half a megabyte stays in cache and bounds the extra memory
+_SMALL_UNITS = 16  # up to here ranks within a group come from pairwise comparison, which beats sorting by far
+_SMALL_TOTAL = 1 << 17  # up to here a sort is faster than two passes of counting
+_LOW = 16  # bits of the ordered key that the second counting pass resolves
+_STEP = 256  # one in so many values is looked at to guess between which two scores the threshold lies
+_FEW = 1 << 16  # so few scores may always be left undecided by the guess
+_MARGIN = 6.0  # standard deviations of the sampled rank by which the guess is widened
+_MOST_INSIDE = 1 / 16  # a guess that leaves more than this share of the scores undecided is dropped for counting
+
+
+def removed_count(units: int, sparsity: float) -> int:
+    """How many of `units` go at `sparsity`: the nearest whole number, halves up."""
+    return int(sparsity * units + 0.5)
+
+
+def spread(total: int, groups: int) -> IntTensor:
+    """`total` dealt out to `groups` as evenly as whole numbers allow, the first groups getting one more. Shape ``[groups]``."""
+    counts = torch.full((groups,), total // groups if groups else 0, dtype=torch.int64)
+    if groups:
+        counts[: total % groups] += 1
+    return counts  # type: ignore[return-value]
+
+
+def top(scores: Tensor, keep: Tensor) -> BoolTensor:
+    """Mask of the ``keep[g]`` highest scores in each group ``g``.
+
+    Args:
+        scores: float32 ``[groups, units]`` without NaN; -inf is allowed.
+        keep: integer ``[groups]``, each between 0 and ``units``.
+
+    Returns:
+        Bool ``[groups, units]`` with exactly ``keep[g]`` True in row ``g``; among equal scores the lower index is kept.
+
+    Example:
+        >>> top(torch.tensor([[1.0, 3.0, 3.0, 2.0]]), torch.tensor([1])).tolist()
+        [[False, True, False, False]]
+    """
+    groups, units = scores.shape
+    keep = keep.to(device=scores.device, dtype=torch.int64)
+    if keep.shape != (groups,) or (groups and (int(keep.min()) < 0 or int(keep.max()) > units)):
+        raise ValueError(f"keep must be {groups} counts between 0 and {units}, got {keep.tolist()[:8]}")
+    if units <= _SMALL_UNITS:
+        mask = _by_rank(scores, keep)
+    elif groups == 1:
+        mask = _one_group(scores[0], int(keep[0]))[None]
+    else:
+        mask = _by_sort(scores, keep)
+    if int(mask.count_nonzero()) != int(keep.sum()):
+        raise AssertionError("selection kept another number of units than asked: the scores hold NaN")
+    return mask  # type: ignore[return-value]
+
+
+def split_counts(parts: Parts, keep: int) -> list[int]:
+    """How many of the `keep` highest scores of all `parts` together lie in each part.
+
+    `parts` gives the same float32 tensors, in the same order, each time it is called: they need not exist at once. Ties are
+    broken by the order of parts, then by index. The counts sum to `keep`.
+    """
+    _, above, equal = _threshold(parts, keep)
+    left = keep - sum(above)
+    kept = []
+    for more, same in zip(above, equal, strict=True):
+        taken = min(same, left)
+        left -= taken
+        kept.append(more + taken)
+    return kept
+
+
+def kth_largest(parts: Parts, k: int) -> float:
+    """The k-th largest of all values in `parts` (k from 1), exactly; +inf for k = 0."""
+    return _threshold(parts, k)[0]
+
+
+def _threshold(parts: Parts, k: int) -> tuple[float, list[int], list[int]]:
+    """The k-th largest value, and how many values of each part are above it and equal to it."""
+    if k == 0:
+        none = [0 for _ in parts()]
+        return float("inf"), none, none
+    narrowed = _narrow(parts, k)
+    if narrowed is not None:
+        rank = k - sum(above for above, _ in narrowed)
+        undecided = torch.cat([inside for _, inside in narrowed])
+        value = float(undecided.kthvalue(len(undecided) - rank + 1).values)
+        more = [above + int((inside > value).count_nonzero()) for above, inside in narrowed]
+        same = [int((inside == value).count_nonzero()) for _, inside in narrowed]
+        return value, more, same
+    value = _by_counting(parts, k)
+    more = [sum(int((c > value).count_nonzero()) for c in _chunks(part)) for part in parts()]
+    same = [sum(int((c == value).count_nonzero()) for c in _chunks(part)) for part in parts()]
+    return value, more, same
+
+
+def _narrow(parts: Parts, k: int) -> list[tuple[int, Tensor]] | None:
+    """For each part how many values are certainly above the threshold, and the values that are undecided.
+
+    Two values of an evenly spaced sample are taken between which the threshold probably lies; one pass then proves it or
+    returns None: where the guess was wrong, and where too much is undecided, as under heavy ties.
+    """
+    total, samples = 0, []
+    for part in parts():
+        total += part.numel()
+        samples.append(part.reshape(-1)[::_STEP].clone())
+        del part  # or two layers' scores would be alive while the next is computed
+    if k > total:
+        raise ValueError(f"asked for the {k}-th largest of {total} scores")
+    sample = torch.cat(samples).sort(descending=True).values
+    share = k / total
+    margin = 2 + _MARGIN * (len(sample) * share * (1 - share)) ** 0.5
+    first, last = int(share * len(sample) - margin), int(share * len(sample) + margin)
+    high = float(sample[first]) if first >= 0 else float("inf")
+    low = float(sample[last]) if last < len(sample) else -float("inf")
+    narrowed, undecided = [], 0
+    for part in parts():
+        above, inside = 0, []
+        for chunk in _chunks(part):
+            not_above = chunk <= high
+            above += chunk.numel() - int(not_above.count_nonzero())
+            inside.append(chunk[not_above.logical_and_(chunk >= low)])
+            undecided += inside[-1].numel()
+        del part, chunk
+        if undecided > max(_FEW, _MOST_INSIDE * total):
+            return None
+        narrowed.append((above, torch.cat(inside)))
+    certain = sum(above for above, _ in narrowed)
+    return narrowed if certain < k <= certain + undecided else None
+
+
+def _by_counting(parts: Parts, k: int) -> float:
+    """The k-th largest value in two passes over the ordered bits of float32: the upper half's bin, then the lower half."""
+    upper = _histogram((_key(c) >> _LOW for part in parts() for c in _chunks(part)), offset=1 << 15)
+    bin_, k = _find(upper, k)
+    key_high = bin_ - (1 << 15)
+
+    def inside() -> Iterable[Tensor]:
+        for part in parts():
+            for chunk in _chunks(part):
+                key = _key(chunk)
+                yield key[(key >> _LOW) == key_high] & ((1 << _LOW) - 1)
+
+    low, _ = _find(_histogram(inside(), offset=0), k)
+    return _value((key_high << _LOW) | low)
+
+
+def _chunks(part: Tensor) -> Sequence[Tensor]:
+    return part.reshape(-1).split(_CHUNK)
+
+
+def _key(values: Tensor) -> Tensor:
+    """Int32 keys in the order of the float32 values; -0.0 and 0.0 share one."""
+    bits = (values + 0.0).view(torch.int32)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+def _value(key: int) -> float:
+    bits = key ^ 0x7FFFFFFF if key < 0 else key
+    return float(torch.tensor(bits, dtype=torch.int32).view(torch.float32))
+
+
+def _histogram(keys: Iterable[Tensor], offset: int) -> Tensor:
+    counts = torch.zeros(1 << 16, dtype=torch.int64)
+    for key in keys:
+        counts += torch.bincount(key.reshape(-1) + offset, minlength=1 << 16).cpu()
+    return counts
+
+
+def _find(counts: Tensor, k: int) -> tuple[int, int]:
+    """The bin in which the k-th largest lies, and its rank within that bin."""
+    from_top = counts.flip(0).cumsum(0)
+    position = int(torch.searchsorted(from_top, k))
+    bin_ = len(counts) - 1 - position
+    return bin_, k - int(from_top[position] - counts[bin_])
+
+
+def _one_group(scores: Tensor, keep: int) -> Tensor:
+    if scores.numel() <= _SMALL_TOTAL:
+        return _by_sort(scores[None], torch.tensor([keep], device=scores.device))[0]
+    value = kth_largest(lambda: [scores], keep)
+    mask = scores > value
+    ties = (scores == value).nonzero().flatten()
+    mask[ties[: keep - int(mask.count_nonzero())]] = True
+    return mask
+
+
+def _by_sort(scores: Tensor, keep: Tensor) -> Tensor:
+    ordered = scores.sort(dim=1, descending=True).values
+    threshold = ordered.gather(1, (keep - 1).clamp(min=0)[:, None])
+    threshold = torch.where(keep[:, None] == 0, torch.inf, threshold)
+    mask = scores > threshold
+    ties = (scores == threshold) & (keep[:, None] > 0)
+    missing = keep - mask.sum(1)
+    return mask | (ties & (ties.cumsum(1) <= missing[:, None]))
+
+
+def _by_rank(scores: Tensor, keep: Tensor) -> Tensor:
+    units = scores.shape[1]
+    columns = [scores[:, i] for i in range(units)]
+    rank = torch.zeros((units, scores.shape[0]), dtype=torch.int8, device=scores.device)
+    for i in range(units):
+        for j in range(i + 1, units):
+            first = columns[i] >= columns[j]
+            rank[j] += first
+            rank[i] += ~first
+    return (rank < keep.to(torch.int8)).t().contiguous() if units else scores.bool()

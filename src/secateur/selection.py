@@ -1,0 +1,189 @@
+"""From statistics to masks: score, fold, allocate, choose. The path that every kind of pruning of weights takes."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import BoolTensor, IntTensor, Tensor
+
+from secateur.allocation import ALLOCATIONS
+from secateur.criteria import CRITERIA
+from secateur.errors import LayerError, NonFiniteError, RecipeError
+from secateur.layers import Layer, non_finite_message
+from secateur.patterns import REDUCTIONS, make_pattern, reduce
+from secateur.select import top
+from secateur.solvers import SOLVERS
+from secateur.sparsity import check_sparsity
+from secateur.types import LayerStats, MaskSet, Need, Pattern, UnitScores
+
+#: A registered name, or a mapping with the name and its options.
+Named = str | Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A resolved way of choosing weights: every name looked up, every option checked, nothing computed yet."""
+
+    criterion: Callable[[LayerStats], Tensor]
+    criterion_name: str
+    needs: frozenset[Need]
+    reduction: str
+    pattern: Pattern
+    allocation: Callable[[Mapping[str, UnitScores], float], Mapping[str, IntTensor]]
+    solver: Callable[..., tuple[BoolTensor, Tensor]]
+
+
+def resolve(
+    *,
+    criterion: Named = "magnitude",
+    pattern: Named | Pattern = "element",
+    allocation: Named | None = None,
+    reduction: str | None = None,
+    solver: Named = "keep",
+) -> Method:
+    """Look up and check the pieces of a method. The allocation defaults to global, or to uniform where the pattern fixes it."""
+    made = make_pattern(pattern)
+    fixed = made.sparsity is not None
+    name, allocate = _piece(ALLOCATIONS, allocation or ("uniform" if fixed else "global"))
+    if fixed and name != "uniform":
+        raise RecipeError(
+            f"pattern {made.name} fixes the sparsity of every group, so allocation {name!r} has nothing to decide. "
+            "Leave the allocation out or use 'uniform'."
+        )
+    criterion_name, score = _piece(CRITERIA, criterion)
+    facts = CRITERIA[criterion_name].facts
+    solver_name, solve = _piece(SOLVERS, solver)
+    reduction = reduction or facts["reduction"]
+    if reduction not in REDUCTIONS:
+        reduce(torch.zeros(1, 1, 1), reduction)
+    needs = frozenset(facts["needs"]) | frozenset(SOLVERS[solver_name].facts["needs"])
+    return Method(score, criterion_name, needs, reduction, made, allocate, solve)
+
+
+def target_sparsity(sparsity: object, pattern: Pattern) -> float:
+    """The sparsity to reach: the one asked for, or the one that the pattern fixes."""
+    if pattern.sparsity is None:
+        if sparsity is None:
+            raise RecipeError("sparsity is missing: give the fraction of weights to remove, such as sparsity=0.5")
+        return check_sparsity(sparsity)
+    if sparsity is not None and abs(check_sparsity(sparsity) - pattern.sparsity) > 1e-9:
+        raise RecipeError(
+            f"pattern {pattern.name} removes exactly {pattern.sparsity:g} of the weights; sparsity={sparsity!r} is another. "
+            "Leave the sparsity out."
+        )
+    return pattern.sparsity
+
+
+def fitting(layers: Mapping[str, Layer], pattern: Pattern) -> tuple[dict[str, Layer], dict[str, str]]:
+    """The layers whose shape can have the pattern, and for each other one the reason why not."""
+    refusals = {n: pattern.refuses(layer.shape) for n, layer in layers.items()}
+    fit = {n: layer for n, layer in layers.items() if refusals[n] is None}
+    return fit, {n: r for n, r in refusals.items() if r is not None}
+
+
+class Scores(Mapping[str, UnitScores]):
+    """Unit scores of every layer, computed one layer at a time whenever they are asked for.
+
+    Units that `previous` masks removed score -inf: what is gone stays gone, and counts as removed.
+    """
+
+    def __init__(
+        self, layers: Mapping[str, Layer], stats: Mapping[str, LayerStats], method: Method, previous: MaskSet | None = None
+    ):
+        self._layers, self._stats, self._method, self._previous = layers, stats, method, previous
+        self._units = {n: self._make(n) for n in layers}
+
+    def __getitem__(self, name: str) -> UnitScores:
+        return self._units[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._units)
+
+    def __len__(self) -> int:
+        return len(self._units)
+
+    def _make(self, name: str) -> UnitScores:
+        shape = self._layers[name].shape
+        folded = self._method.pattern.fold(torch.empty(shape, device="meta"))
+        groups, units, elements = folded.shape
+        return UnitScores(name, shape, groups, units, elements, functools.partial(self._compute, name))
+
+    @torch.no_grad()
+    def _compute(self, name: str) -> Tensor:
+        method, layer = self._method, self._layers[name]
+        saliency = method.criterion(self._stats[name])
+        if saliency.shape != layer.shape:
+            raise LayerError(
+                f"criterion {method.criterion_name!r} gave shape {tuple(saliency.shape)} for the weight {name!r} "
+                f"of shape {tuple(layer.shape)}"
+            )
+        scores = reduce(method.pattern.fold(saliency), method.reduction).float()
+        self._check(name, scores)
+        if self._previous is not None and name in self._previous:
+            mask = layer.canonical(self._previous[name]).to(scores.device)
+            scores = torch.where(method.pattern.fold(mask).any(2), scores, -torch.inf)
+        return scores
+
+    def _check(self, name: str, scores: Tensor) -> None:
+        low, high = torch.aminmax(scores)
+        if not (torch.isfinite(low) and torch.isfinite(high)):
+            what = f"the scores of {name!r} by criterion {self._method.criterion_name!r}"
+            raise NonFiniteError(non_finite_message(what, scores))
+
+
+def choose(
+    layers: Mapping[str, Layer],
+    stats: Mapping[str, LayerStats],
+    *,
+    sparsity: float,
+    method: Method,
+    previous: MaskSet | None = None,
+) -> MaskSet:
+    """Masks that remove `sparsity` of the units of `layers`, by the method; the solver's weights are not wanted.
+
+    `previous` masks are respected: what they removed stays removed and counts towards the sparsity.
+    """
+    scores = Scores(layers, stats, method, previous)
+    counts = method.allocation(scores, sparsity)
+    masks = {}
+    for name, layer in layers.items():
+        units = scores[name]
+        keep_mask = method.pattern.unfold(top(units.scores, counts[name]), units.shape)
+        masks[name] = layer.stored(keep_mask)
+    return MaskSet(masks)
+
+
+@torch.no_grad()
+def solve(
+    layers: Mapping[str, Layer],
+    stats: Mapping[str, LayerStats],
+    *,
+    sparsity: float,
+    method: Method,
+    previous: MaskSet | None = None,
+) -> MaskSet:
+    """As `choose`, and the solver writes the surviving weights into the model."""
+    scores = Scores(layers, stats, method, previous)
+    counts = method.allocation(scores, sparsity)
+    masks = {}
+    for name, layer in layers.items():
+        units = scores[name]
+        mask, weight = method.solver(
+            layer.canonical(layer.parameter.detach()), units.scores, counts[name], method.pattern, stats[name]
+        )
+        layer.parameter.copy_(layer.stored(weight))
+        masks[name] = layer.stored(mask)
+    return MaskSet(masks)
+
+
+def _piece(registry: Mapping[str, Any], spec: Named) -> tuple[str, Callable[..., Any]]:
+    """Name and callable of a registered piece, its options bound."""
+    name = spec if isinstance(spec, str) else spec.get("name", "")
+    options = {} if isinstance(spec, str) else {k: v for k, v in spec.items() if k != "name"}
+    entry = registry[name]
+    entry.check_options(registry.kind, options)  # type: ignore[attr-defined]
+    return name, functools.partial(entry.make, **options) if options else entry.make

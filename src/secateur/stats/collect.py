@@ -1,0 +1,214 @@
+"""One calibration pass: whatever the criteria need, for all layers at once."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur.data.batches import Batch, Batches, Loss, default_loss, forward, size_of
+from secateur.errors import DataError, RecipeError
+from secateur.layers import Layer, check_finite
+from secateur.progress import track
+from secateur.stats import nonfinite
+from secateur.stats.gradients import SquaredGradients, Sums, gradients, hessian_gradient, scalar
+from secateur.stats.guard import check_reached, ordinary, untouched
+from secateur.stats.inputs import InputNorms
+from secateur.stats.synflow import synflow_gradient
+from secateur.types import LayerStats, Need
+
+log = logging.getLogger("secateur")
+_DIFFERENTIATED = {Need.GRAD, Need.GRAD_ONE, Need.GRAD_SQ, Need.HESSIAN_GRAD}
+_SUPPORTED = _DIFFERENTIATED | {Need.WEIGHT, Need.SYNFLOW_GRAD, Need.INPUT_NORM}
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What one calibration pass found."""
+
+    layers: dict[str, LayerStats]
+    notes: tuple[str, ...]  #: what the report has to say: slow ways taken, padding that could not be told apart
+    samples: int  #: how many samples were seen; 0 where none were needed
+
+
+def collect(
+    model: nn.Module,
+    layers: Mapping[str, Layer],
+    needs: Collection[Need],
+    *,
+    batches: Batches | None = None,
+    loss: Loss | None = None,
+    seed: int = 0,
+    example: Batch | None = None,
+) -> Calibration:
+    """The statistics `needs` of `layers`, from one loop over `batches`; HESSIAN_GRAD takes a second.
+
+    The model runs in eval mode: BatchNorm uses its running statistics, dropout is off. Afterwards its modes, flags, buffers,
+    ``.grad`` fields, hooks and the random state are as before, even when the pass is interrupted. `loss` is the mean over a
+    batch's samples, by default the model's own or cross-entropy; gradients are means over samples, so that for such a loss
+    nothing depends on how samples are batched. A loss that is a mean over tokens weights tokens by batch. Padding
+    (``attention_mask``) is left out of input norms. `example` serves SYNFLOW_GRAD where there are no batches.
+
+    ``weight`` of the result is a view of the parameter (a float32 copy of other types), so it follows later changes.
+
+    Raises RecipeError for a statistic that is not collected here; DataError for missing data; NonFiniteError, naming
+    the weight or module, for NaN or infinite weights, activations or gradients; LayerError, naming the layers, for those that
+    the data or loss do not reach or whose inputs no hook can see.
+
+        layers, _ = find_layers(model)
+        found = collect(model, layers, {Need.GRAD}, batches=Batches([(x, y)]))
+        found.layers["fc.weight"].grad          # [out, in]
+    """
+    wanted = frozenset(needs)
+    _check_request(wanted, batches, example)
+    check_finite(layers.values())
+    parameters = [layer.parameter for layer in layers.values()] if wanted & _DIFFERENTIATED else []
+    notes: list[str] = []
+    found: dict[Need, dict[str, Tensor]] = {}
+    samples = 0
+    with untouched(model, parameters, seed):
+        if layers and any(need.data for need in wanted):
+            assert batches is not None
+            one_pass = _Pass(model, layers, wanted, loss or default_loss)
+            samples = one_pass.run(batches)
+            found |= one_pass.results(batches)
+            notes += one_pass.notes
+        if layers and Need.SYNFLOW_GRAD in wanted:
+            sample = ordinary(next(iter(batches)) if example is None and batches is not None else example)
+            found[Need.SYNFLOW_GRAD], note = synflow_gradient(model, sample, list(layers.values()))
+            notes += [note] if note else []
+    stats = {
+        name: LayerStats(
+            name=name,
+            weight=layer.canonical(layer.parameter.detach()).float(),
+            samples=samples,
+            seed=_mix(seed, name),
+            **{need.value: tensors[name] for need, tensors in found.items()},
+        )
+        for name, layer in layers.items()
+    }
+    return Calibration(stats, tuple(notes), samples)
+
+
+class _Pass:
+    """The state of one pass over the batches."""
+
+    def __init__(self, model: nn.Module, layers: Mapping[str, Layer], wanted: frozenset[Need], loss: Loss):
+        self.model, self.loss, self.wanted = model, loss, wanted
+        self.layers = list(layers.values())
+        self.differentiate = bool(wanted & _DIFFERENTIATED)
+        self.norms = InputNorms(model, layers) if Need.INPUT_NORM in wanted else None
+        self.mean = Sums(self.layers) if wanted & {Need.GRAD, Need.HESSIAN_GRAD} else None
+        self.first = Sums(self.layers) if Need.GRAD_ONE in wanted else None
+        self.squared = SquaredGradients(model, loss, self.layers) if Need.GRAD_SQ in wanted else None
+        self.reached = [False] * len(self.layers)
+        self.samples = 0
+        self.first_samples = 0
+
+    @property
+    def notes(self) -> list[str]:
+        """What went another way than the best."""
+        notes = [self.squared.note] if self.squared is not None and self.squared.note else []
+        if self.norms is not None and self.norms.unmasked:
+            names = ", ".join(self.norms.unmasked)
+            notes.append(f"padding is counted in the input norms of {names}: their positions are not those of attention_mask")
+        return notes
+
+    def run(self, batches: Batches) -> int:
+        """Go through the batches once, or through the first where no more is needed; the number of samples seen."""
+        first_only = not self.wanted & (_DIFFERENTIATED - {Need.GRAD_ONE} | {Need.INPUT_NORM})
+        for index, batch in enumerate(_tracked(batches, "calibrate")):
+            self._add(index, ordinary(batch))
+            if first_only:
+                break
+        return self.samples
+
+    def _add(self, index: int, batch: Batch) -> None:
+        size = size_of(batch)
+        self.samples += size
+        grads = self._forward(index, batch)
+        if self.mean is not None:
+            self.mean.add(grads, weight=size)
+        if self.first is not None and index == 0:
+            self.first.add(grads)
+        if self.squared is not None:
+            self.squared.add(batch)
+
+    def _forward(self, index: int, batch: Batch) -> list[Tensor | None]:
+        """One forward pass with the hooks on, and one backward pass with them off where anything asks for gradients."""
+        wants_gradient = self.mean is not None or (self.first is not None and index == 0)
+        wants_gradient |= self.differentiate and not all(self.reached)
+        if not wants_gradient and self.norms is None:
+            return []
+        with torch.set_grad_enabled(wants_gradient), self.norms.recording(batch) if self.norms else nullcontext():
+            value = scalar(self.loss(self.model, batch)) if wants_gradient else forward(self.model, batch)
+        if (wants_gradient and not torch.isfinite(value)) or (self.norms and not self.norms.finite()):
+            nonfinite.explain(self.model, lambda: (self.loss if wants_gradient else forward)(self.model, batch), index)
+        if not wants_gradient:
+            return []
+        grads = gradients(value, self.layers)
+        self.reached = [seen or g is not None for seen, g in zip(self.reached, grads, strict=True)]
+        return grads
+
+    def results(self, batches: Batches) -> dict[Need, dict[str, Tensor]]:
+        """The statistics in canonical orientation, checked: every layer reached, every value finite."""
+        if self.differentiate:
+            check_reached([la.name for la, seen in zip(self.layers, self.reached, strict=True) if not seen], "the loss")
+        found: dict[Need, dict[str, Tensor]] = {}
+        if self.norms is not None:
+            check_reached([la.name for la in self.layers if la.name not in self.norms.seen], "the data")
+            found[Need.INPUT_NORM] = {la.name: self.norms.norm(la) for la in self.layers}
+        if self.first is not None:
+            found[Need.GRAD_ONE] = self.first.mean(1)
+        if self.squared is not None:
+            found[Need.GRAD_SQ] = self.squared.sums.mean(self.samples)
+        if self.mean is not None:
+            gradient = self.mean.mean(self.samples)
+            if Need.HESSIAN_GRAD in self.wanted:
+                nonfinite.check_gradients(gradient)
+                found[Need.HESSIAN_GRAD] = self._hessian_gradient(batches)
+            if Need.GRAD in self.wanted:
+                found[Need.GRAD] = gradient
+        for tensors in found.values():
+            nonfinite.check_gradients(tensors)
+        return found
+
+    def _hessian_gradient(self, batches: Batches) -> dict[str, Tensor]:
+        assert self.mean is not None
+        sums, samples = Sums(self.layers), 0
+        for batch in _tracked(batches, "calibrate: second order"):
+            batch, size = ordinary(batch), size_of(batch)
+            sums.add(hessian_gradient(self.model, self.loss, batch, self.layers, self.mean.tensors), weight=size)
+            samples += size
+        return sums.mean(samples)
+
+
+def _check_request(wanted: frozenset[Need], batches: Batches | None, example: Batch | None) -> None:
+    for need in sorted(wanted - _SUPPORTED, key=lambda n: n.value):
+        known = ", ".join(sorted(n.value for n in _SUPPORTED))
+        raise RecipeError(f"the statistic {need.value!r} is not collected by the calibration pass. Collected are: {known}.")
+    for need in sorted(wanted, key=lambda n: n.value):
+        if need.data and batches is None:
+            raise DataError(f"the statistic {need.value!r} needs calibration data: give data=, an iterable of batches")
+    if Need.SYNFLOW_GRAD in wanted and batches is None and example is None:
+        raise DataError("the statistic 'synflow_grad' needs the shape of an input: give example= or data=")
+
+
+def _tracked(batches: Batches, what: str) -> Iterator[Any]:
+    try:
+        total: int | None = len(batches)
+    except TypeError:  # a source without a length
+        total = None
+    return track(iter(batches), what, total)
+
+
+def _mix(seed: int, name: str) -> int:
+    """A seed for one layer: depends on `seed` and the layer's name, not on which other layers there are."""
+    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=7).digest()
+    return int.from_bytes(digest, "big")

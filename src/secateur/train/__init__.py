@@ -1,0 +1,1 @@
+"""Training with masks: masks that hold under any optimizer, gradual pruning, and a small fine-tuning loop."""

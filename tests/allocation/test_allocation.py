@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from secateur.allocation import ALLOCATIONS
+from secateur.lamp import lamp_scores
+from secateur.select import removed_count
+from secateur.types import UnitScores
+
+
+def layer(name: str, scores: torch.Tensor, elements: int = 1, shape: tuple[int, ...] | None = None) -> UnitScores:
+    groups, units = scores.shape
+    size = torch.Size(shape or (groups, units * elements))
+    return UnitScores(name, size, groups, units, elements, lambda: scores)
+
+
+@st.composite
+def networks(draw):
+    elements = draw(st.sampled_from([1, 1, 4]))
+    layers = {}
+    for i in range(draw(st.integers(1, 5))):
+        groups, units = draw(st.integers(1, 4)), draw(st.integers(1, 20))
+        gen = torch.Generator().manual_seed(draw(st.integers(0, 999)))
+        levels = draw(st.sampled_from([1, 3, 1000]))
+        scores = torch.randint(0, levels + 1, (groups, units), generator=gen).float() / levels
+        layers[f"l{i}"] = layer(f"l{i}", scores, elements)
+    return layers
+
+
+@pytest.mark.parametrize("name", list(ALLOCATIONS))
+@given(networks(), st.floats(0, 0.999))
+def test_counts_are_possible_and_their_total_is_exact(name, layers, sparsity):
+    counts = ALLOCATIONS[name].make(layers, sparsity)
+    assert list(counts) == list(layers)
+    for n, u in layers.items():
+        assert counts[n].shape == (u.groups,)
+        assert int(counts[n].min()) >= 0
+        assert int(counts[n].max()) <= u.units
+        assert int(counts[n].max() - counts[n].min()) <= 1, "groups of one layer share alike"
+    kept = sum(int(c.sum()) for c in counts.values())
+    total = sum(u.total for u in layers.values())
+    if name == "uniform":
+        assert kept == sum(u.total - removed_count(u.total, sparsity) for u in layers.values())
+    elif name == "erk":
+        size = next(iter(layers.values())).elements
+        missing = total * size - removed_count(total * size, sparsity)
+        assert kept == -(-missing // size)
+    else:
+        assert kept == total - removed_count(total, sparsity)
+
+
+@given(networks(), st.floats(0, 0.999))
+def test_global_keeps_the_best_of_all_layers(layers, sparsity):
+    counts = ALLOCATIONS["global"].make(layers, sparsity)
+    everything = torch.cat([u.scores.flatten() for u in layers.values()])
+    owner = torch.repeat_interleave(torch.arange(len(layers)), torch.tensor([u.total for u in layers.values()]))
+    kept = len(everything) - removed_count(len(everything), sparsity)
+    best = owner[everything.sort(descending=True, stable=True).indices[:kept]]
+    assert [int(c.sum()) for c in counts.values()] == torch.bincount(best, minlength=len(layers)).tolist()
+
+
+def test_global_over_units_of_unlike_size_stays_within_the_target():
+    wide = layer("wide", torch.tensor([[1.0, 5.0, 6.0]]), elements=10)
+    narrow = layer("narrow", torch.tensor([[2.0, 3.0, 9.0]]), elements=2)
+    counts = ALLOCATIONS["global"].make({"wide": wide, "narrow": narrow}, 0.4)  # of 36 weights at most 14 go: 10 + 2 + 2
+    assert [int(c) for c in counts.values()] == [2, 1]
+
+
+def test_lamp_is_global_over_lamp_scores_and_never_empties_a_layer_first():
+    small = layer("small", torch.tensor([[1e-3, 2e-3, 3e-3]]))
+    large = layer("large", torch.tensor([[1.0, 2.0, 3.0]]))
+    assert [int(c) for c in ALLOCATIONS["lamp"].make({"s": small, "l": large}, 2 / 3).values()] == [1, 1]
+    assert [int(c) for c in ALLOCATIONS["global"].make({"s": small, "l": large}, 0.5).values()] == [0, 3]
+    assert lamp_scores(torch.tensor([1.0, 4.0, 9.0])).tolist() == pytest.approx([1 / 14, 4 / 13, 1.0])
+
+
+def test_erk_by_hand():
+    """Raw densities (10+10)/100 and (100+100)/10000; at 90% of 10,100 weights 1,010 stay: both layers hold 1/2 of the mass."""
+    a = layer("a", torch.rand(1, 100), shape=(10, 10))
+    b = layer("b", torch.rand(1, 10_000), shape=(100, 100))
+    scale = 1010 / (0.2 * 100 + 0.02 * 10_000)
+    counts = ALLOCATIONS["erk"].make({"a": a, "b": b}, 0.9)
+    assert int(counts["a"]) == pytest.approx(0.2 * scale * 100, abs=1)
+    assert int(counts["a"]) + int(counts["b"]) == 1010
+
+
+def test_erk_keeps_a_layer_dense_rather_than_denser_than_dense():
+    a = layer("a", torch.rand(1, 4), shape=(2, 2))
+    b = layer("b", torch.rand(1, 10_000), shape=(100, 100))
+    counts = ALLOCATIONS["erk"].make({"a": a, "b": b}, 0.5)
+    assert int(counts["a"]) == 4
+    assert int(counts["b"]) == 10_004 - 5002 - 4

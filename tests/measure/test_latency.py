@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+from torch import nn
+
+from secateur.errors import ModelError, RecipeError
+from secateur.measure.latency import compare_latency, latency
+
+
+class Sleeper(nn.Module):
+    def __init__(self, seconds: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.seconds, self.calls, self.saw = seconds, 0, None
+
+    def forward(self, x):
+        self.calls += 1
+        self.saw = (self.training, torch.is_inference_mode_enabled(), torch.get_num_threads())
+        time.sleep(self.seconds)
+        return x
+
+
+def test_the_time_of_a_sleep_and_its_conditions():
+    model = Sleeper(0.01).train()
+    got = latency(model, torch.zeros(3, 2), runs=5, warmup=2, threads=2)
+    assert 10 <= got.low_ms <= got.median_ms <= got.high_ms < 60
+    assert (got.runs, got.batch, got.threads, got.dtype, got.device) == (5, 3, 2, "float32", "cpu")
+    assert model.calls == 7
+    assert model.saw == (False, True, 2)
+    assert model.training
+    assert torch.get_num_threads() == 1
+
+
+def test_as_many_runs_as_fit():
+    start = time.perf_counter()
+    got = latency(Sleeper(0.005), torch.zeros(1), seconds=0.2)
+    assert 3 <= got.runs <= 40
+    assert time.perf_counter() - start < 2
+    assert latency(Sleeper(0.05), torch.zeros(1), seconds=0.01).runs == 3
+    assert latency(nn.Identity(), torch.zeros(1), seconds=0.5).runs <= 1000
+
+
+def test_models_take_turns():
+    order = []
+
+    class Traced(nn.Module):
+        def __init__(self, name):
+            super().__init__()
+            self.name = name
+
+        def forward(self, x):
+            order.append(self.name)
+            return x
+
+    compare_latency({"a": Traced("a"), "b": Traced("b"), "c": Traced("c")}, torch.zeros(1), runs=3, warmup=1)
+    assert order == list("abc" + "abc" + "bca" + "cab")
+
+
+def test_ratios_within_rounds():
+    got = compare_latency({"slow": Sleeper(0.02), "fast": Sleeper(0.005)}, torch.zeros(1), runs=7)
+    assert got["slow"].speedup == got["slow"].low == got["slow"].high == 1
+    assert 2 < got["fast"].low <= got["fast"].speedup <= got["fast"].high <= 4
+    assert got["fast"].latency.median_ms < got["slow"].latency.median_ms
+
+
+def test_a_failing_model_leaves_modes_and_threads_as_they_were():
+    model = nn.Linear(3, 2).train()
+    with pytest.raises(RuntimeError):
+        latency(model, torch.zeros(1, 4), threads=2)
+    assert model.training
+    assert torch.get_num_threads() == 1
+
+
+@pytest.mark.parametrize("wrong", [{"runs": 0}, {"warmup": -1}, {"threads": 0}, {"seconds": 0}])
+def test_wrong_counts(wrong):
+    with pytest.raises(RecipeError, match="must be"):
+        latency(nn.Identity(), torch.zeros(1), **wrong)
+
+
+def test_a_model_without_values():
+    with pytest.raises(ModelError, match="meta device"):
+        latency(nn.Linear(2, 2, device="meta"), torch.zeros(1, 2))
