@@ -27,22 +27,22 @@ SECATEUR_INLINE vec exp(vec x) {
     return p * scale;
 }
 
-// erf(x) after Abramowitz and Stegun 7.1.26, absolute error 1.5e-7.
-SECATEUR_INLINE vec erf(vec x) {
-    const vec a = x < 0.f ? -x : x;
+// x/2 (1 + erf(x / sqrt 2)) by erfc of Abramowitz and Stegun 7.1.26, which loses nothing where the result is near zero.
+SECATEUR_INLINE vec gelu(vec x) {
+    const vec a = (x < 0.f ? -x : x) * 0.70710678118654752f;
     const vec t = 1.f / (a * 0.3275911f + 1.f);
     vec p = t * 1.061405429f - 1.453152027f;
     p = p * t + 1.421413741f;
     p = p * t - 0.284496736f;
     p = p * t + 0.254829592f;
-    const vec y = 1.f - p * t * exp(-a * a);
-    return x < 0.f ? -y : y;
+    const vec half = x * 0.5f * (p * t * exp(-a * a));
+    return x < 0.f ? half : x - half;
 }
 
 SECATEUR_INLINE vec activate(vec x, Activation kind) {
     switch (kind) {
         case Activation::relu: return x < 0.f ? vec{} : x;
-        case Activation::gelu: return x * 0.5f * (erf(x * 0.70710678118654752f) + 1.f);
+        case Activation::gelu: return gelu(x);
         case Activation::silu: return x / (exp(-x) + 1.f);
         default: return x;
     }

@@ -53,7 +53,9 @@ NB_MODULE(_native, m) {
         "Dense [rows, cols] to a packed program.");
     m.def(
         "unpack",
-        [](uintptr_t program, int64_t bytes, uintptr_t weight) { unpack(as_program(pointer<void>(program), bytes), pointer<float>(weight)); },
+        [](uintptr_t program, int64_t bytes, int64_t rows, int64_t cols, uintptr_t weight) {
+            unpack(as_program(pointer<void>(program), bytes, rows, cols), pointer<float>(weight));
+        },
         "A packed program to dense [rows, cols].");
     m.def(
         "pack_bits",
@@ -64,34 +66,38 @@ NB_MODULE(_native, m) {
         "Dense [rows, cols] to a bitmask and its values.");
     m.def(
         "unpack_bits",
-        [](uintptr_t bits, int64_t bytes, uintptr_t weight) { unpack_bits(as_bits(pointer<void>(bits), bytes), pointer<float>(weight)); },
+        [](uintptr_t bits, int64_t bytes, int64_t rows, int64_t cols, uintptr_t weight) {
+            unpack_bits(as_bits(pointer<void>(bits), bytes, rows, cols), pointer<float>(weight));
+        },
         "A bitmask weight to dense [rows, cols].");
     m.def(
         "linear",
-        [](uintptr_t program, int64_t bytes, uintptr_t x, int64_t rows, int64_t stride, uintptr_t y, uintptr_t bias, int activation, int threads, const std::string& isa) {
+        [](uintptr_t program, int64_t bytes, int64_t out, int64_t in, uintptr_t x, int64_t rows, int64_t stride, uintptr_t y, uintptr_t bias, int activation, int threads, const std::string& isa) {
             const Kernels& k = kernels(isa);
-            const Program& weight = as_program(pointer<void>(program), bytes);
+            const Program& weight = as_program(pointer<void>(program), bytes, out, in);
             nb::gil_scoped_release release;
             linear(k, weight, pointer<const float>(x), rows, stride, pointer<float>(y), {pointer<const float>(bias), static_cast<Activation>(activation)}, threads);
         },
         "y[rows, out] = activation(x W^T + bias).");
     m.def(
         "matvec",
-        [](uintptr_t bits, int64_t bytes, uintptr_t x, int64_t rows, int64_t stride, uintptr_t y, uintptr_t bias, int activation, int threads, const std::string& isa) {
+        [](uintptr_t bits, int64_t bytes, int64_t out, int64_t in, uintptr_t x, int64_t rows, int64_t stride, uintptr_t y, uintptr_t bias, int activation, int threads, const std::string& isa) {
             const Kernels& k = kernels(isa);
-            const Bits& weight = as_bits(pointer<void>(bits), bytes);
+            const Bits& weight = as_bits(pointer<void>(bits), bytes, out, in);
             nb::gil_scoped_release release;
             matvec(k, weight, pointer<const float>(x), rows, stride, pointer<float>(y), {pointer<const float>(bias), static_cast<Activation>(activation)}, threads);
         },
         "As linear(), for a few rows.");
     m.def(
         "conv2d",
-        [](uintptr_t program, int64_t bytes, uintptr_t x, nb::tuple input, nb::tuple geometry, uintptr_t y, uintptr_t bias, int activation, int threads, const std::string& isa) {
+        [](uintptr_t program, int64_t bytes, int64_t out, uintptr_t x, nb::tuple input, nb::tuple geometry, uintptr_t y, uintptr_t bias, int activation, int threads, const std::string& isa) {
             const auto in = [&](int i) { return nb::cast<int64_t>(input[i]); };
             const auto at = [&](int i) { return nb::cast<int64_t>(geometry[i]); };
             const ConvShape shape{in(0), in(1), in(2), in(3), at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7)};
             const Kernels& k = kernels(isa);
-            const Program& weight = as_program(pointer<void>(program), bytes);
+            const Program& weight = as_program(pointer<void>(program), bytes, out, -1);
+            if (weight.cols * weight.groups != shape.channels * shape.kernel_h * shape.kernel_w)
+                throw std::invalid_argument("the packed weight belongs to a convolution of another shape");
             nb::gil_scoped_release release;
             conv2d(k, weight, pointer<const float>(x), shape, pointer<float>(y), {pointer<const float>(bias), static_cast<Activation>(activation)}, threads);
         },

@@ -267,18 +267,27 @@ void unpack_bits(const Bits& bits, float* weight) {
         }
 }
 
-const Program& as_program(const void* data, int64_t bytes) {
-    const auto* p = static_cast<const Program*>(data);
-    if (bytes < static_cast<int64_t>(sizeof(Program)) || p->magic != kProgramMagic || p->bytes != bytes)
-        throw std::invalid_argument("the buffer holds no packed sparse weight");
-    return *p;
+namespace {
+
+template <class T>
+const T& as(const void* data, int64_t bytes, uint32_t magic, int64_t rows, int64_t cols) {
+    const auto* head = static_cast<const T*>(data);
+    if (bytes < static_cast<int64_t>(sizeof(T)) || head->magic != magic || head->bytes != bytes)
+        throw std::invalid_argument("the buffer holds no packed weight of this kind");
+    if (head->rows != rows || (cols >= 0 && head->cols != cols))
+        throw std::invalid_argument("the packed weight is " + std::to_string(head->rows) + " x " + std::to_string(head->cols) +
+                                    ", asked for as " + std::to_string(rows) + " x " + std::to_string(cols));
+    return *head;
 }
 
-const Bits& as_bits(const void* data, int64_t bytes) {
-    const auto* p = static_cast<const Bits*>(data);
-    if (bytes < static_cast<int64_t>(sizeof(Bits)) || p->magic != kBitsMagic || p->bytes != bytes)
-        throw std::invalid_argument("the buffer holds no bitmask weight");
-    return *p;
+}  // namespace
+
+const Program& as_program(const void* data, int64_t bytes, int64_t rows, int64_t cols) {
+    return as<Program>(data, bytes, kProgramMagic, rows, cols);
+}
+
+const Bits& as_bits(const void* data, int64_t bytes, int64_t rows, int64_t cols) {
+    return as<Bits>(data, bytes, kBitsMagic, rows, cols);
 }
 
 }  // namespace secateur

@@ -26,8 +26,9 @@ void unpack(const Program& program, float* weight);
 Buffer pack_bits(const float* weight, int64_t rows, int64_t cols, ValueType type);
 void unpack_bits(const Bits& bits, float* weight);
 
-// The buffer seen as what it claims to be. Throws std::invalid_argument where the header does not fit the buffer.
-const Program& as_program(const void* data, int64_t bytes);
-const Bits& as_bits(const void* data, int64_t bytes);
+// The buffer seen as what it claims to be. Throws std::invalid_argument where its header does not fit the buffer, or the
+// weight is not [rows, cols]; cols < 0 leaves the columns to the caller.
+const Program& as_program(const void* data, int64_t bytes, int64_t rows, int64_t cols);
+const Bits& as_bits(const void* data, int64_t bytes, int64_t rows, int64_t cols);
 
 }  // namespace secateur
