@@ -1,119 +1,147 @@
 // One or a few vectors times a bitmask matrix: memory-bound, so weights stay compressed until they are in a register.
 //
-// Each 64-bit mask word is W bits at a time: the kept values are loaded densely, spread to the lanes whose bit is set and
-// multiplied by the matching lanes of x. The buffer ends in enough slack for a whole vector to be loaded anywhere.
+// With AVX2 and AVX-512 a mask word is taken eight bits at a time: the kept values are loaded densely, spread to the lanes whose
+// bit is set and multiplied by those lanes of x; elsewhere bit by bit. The buffer ends in enough slack for a whole vector.
 #pragma once
 
 #include "activation.h"
 #include "kernels.h"
 #include "vec.h"
 
-#if defined(__AVX512F__) || defined(__AVX2__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
 namespace secateur::SECATEUR_ISA {
 
+#if defined(__AVX2__)
+using vec8 = __m256;
+#endif
+
+// How stored values become floats: eight at a time, and one.
 struct F32 {
-    static SECATEUR_INLINE vec load_values(const char* base, int64_t at) {
-        return load(reinterpret_cast<const float*>(base) + at);
+    static SECATEUR_INLINE float one(const char* base, int64_t at) { return reinterpret_cast<const float*>(base)[at]; }
+#if defined(__AVX2__)
+    static SECATEUR_INLINE vec8 eight(const char* base, int64_t at) {
+        return _mm256_loadu_ps(reinterpret_cast<const float*>(base) + at);
     }
+#endif
 };
 
 struct BF16 {
-    static SECATEUR_INLINE vec load_values(const char* base, int64_t at) {
-        using half = uint16_t __attribute__((vector_size(2 * W)));
-        half raw;
-        std::memcpy(&raw, base + at * 2, sizeof raw);
-        const ivec wide = __builtin_convertvector(raw, ivec) << 16;
-        vec out;
-        std::memcpy(&out, &wide, sizeof out);
-        return out;
+    static SECATEUR_INLINE float one(const char* base, int64_t at) {
+        const uint32_t bits = static_cast<uint32_t>(reinterpret_cast<const uint16_t*>(base)[at]) << 16;
+        float x;
+        std::memcpy(&x, &bits, 4);
+        return x;
     }
+#if defined(__AVX2__)
+    static SECATEUR_INLINE vec8 eight(const char* base, int64_t at) {
+        const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(base + at * 2));
+        return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(raw), 16));
+    }
+#endif
 };
 
 struct I8 {
-    static SECATEUR_INLINE vec load_values(const char* base, int64_t at) {
-        using byte = int8_t __attribute__((vector_size(W)));
-        byte raw;
-        std::memcpy(&raw, base + at, sizeof raw);
-        return __builtin_convertvector(__builtin_convertvector(raw, ivec), vec);
+    static SECATEUR_INLINE float one(const char* base, int64_t at) { return reinterpret_cast<const int8_t*>(base)[at]; }
+#if defined(__AVX2__)
+    static SECATEUR_INLINE vec8 eight(const char* base, int64_t at) {
+        return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(base + at))));
     }
+#endif
 };
 
-#if defined(__AVX512F__)
-SECATEUR_INLINE vec spread(vec values, uint32_t bits) {
-    return _mm512_maskz_expand_ps(static_cast<__mmask16>(bits), values);
+// Values to the lanes whose bit is set, zero elsewhere. Eight lanes also with AVX-512: expanding sixteen takes Zen 5 more
+// than twice as long, and expanding straight from memory is microcoded, so the load is kept apart.
+#if defined(__AVX512VL__)
+SECATEUR_INLINE vec8 spread(vec8 values, uint32_t bits) {
+    asm("" : "+v"(values));
+    return _mm256_maskz_expand_ps(static_cast<__mmask8>(bits), values);
 }
-#else
-// For each byte of mask: for each lane, which of the packed values it takes, or -1 (bit 7) for none.
+#elif defined(__AVX2__)
+// For each byte of mask and each lane: which of the packed values it takes, or -1 for none.
 struct SpreadTable {
-    alignas(64) int32_t lane[256][8];
+    alignas(64) int8_t lane[256][8];
     constexpr SpreadTable() : lane{} {
         for (int m = 0; m < 256; ++m)
-            for (int l = 0, next = 0; l < 8; ++l) lane[m][l] = m >> l & 1 ? next++ : -1;
+            for (int l = 0, next = 0; l < 8; ++l) lane[m][l] = static_cast<int8_t>(m >> l & 1 ? next++ : -1);
     }
 };
-inline constexpr SpreadTable kSpread{};
+constexpr SpreadTable kSpread{};
 
-SECATEUR_INLINE vec spread(vec values, uint32_t bits) {
-    ivec lane;
-    std::memcpy(&lane, kSpread.lane[bits], sizeof lane);
+SECATEUR_INLINE vec8 spread(vec8 values, uint32_t bits) {
+    const __m256i lane = _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(kSpread.lane[bits])));
+    return _mm256_andnot_ps(_mm256_castsi256_ps(_mm256_srai_epi32(lane, 31)), _mm256_permutevar8x32_ps(values, lane));
+}
+#endif
+
+// The products of one mask word, whose values start at `at`, added to the sums. Returns where the next word's values start.
 #if defined(__AVX2__)
-    const vec moved = _mm256_permutevar8x32_ps(values, reinterpret_cast<__m256i>(lane));
-    return lane < 0 ? vec{} : moved;
+constexpr int kSums = 4;
+using sum_t = vec8;
+
+template <class T, int B>
+SECATEUR_INLINE int64_t add_word(const uint64_t* mask, const char* values, int64_t at, const float* x, int64_t stride, sum_t (&sum)[B][kSums]) {
+    const auto* bytes = reinterpret_cast<const uint8_t*>(mask);
+#pragma GCC unroll 16
+    for (int p = 0; p < 8; ++p) {
+        const uint32_t bits = bytes[p];
+        const vec8 w = spread(T::eight(values, at), bits);
+        at += __builtin_popcount(bits);
+#pragma GCC unroll 16
+        for (int b = 0; b < B; ++b) sum[b][p % kSums] = _mm256_fmadd_ps(w, _mm256_loadu_ps(x + b * stride + p * 8), sum[b][p % kSums]);
+    }
+    return at;
+}
 #else
-    float packed[W], out[W];
-    store(packed, values);
-    for (int l = 0; l < W; ++l) out[l] = lane[l] < 0 ? 0.f : packed[lane[l]];
-    return load(out);
-#endif
+constexpr int kSums = 1;
+using sum_t = float;
+
+template <class T, int B>
+SECATEUR_INLINE int64_t add_word(const uint64_t* mask, const char* values, int64_t at, const float* x, int64_t stride, sum_t (&sum)[B][kSums]) {
+    for (uint64_t bits = *mask; bits; bits &= bits - 1, ++at) {
+        const float w = T::one(values, at);
+        const float* column = x + __builtin_ctzll(bits);
+#pragma GCC unroll 16
+        for (int b = 0; b < B; ++b) sum[b][0] += w * column[b * stride];
+    }
+    return at;
 }
 #endif
 
-SECATEUR_INLINE float sum_lanes(vec v) {
-    float lane[W], total = 0.f;
-    store(lane, v);
-    for (int step = W / 2; step > 0; step /= 2)
-        for (int l = 0; l < step; ++l) lane[l] += lane[l + step];
-    total = lane[0];
-    return total;
+SECATEUR_INLINE float total(float sum) { return sum; }
+#if defined(__AVX2__)
+SECATEUR_INLINE float total(vec8 sum) {
+    float lane[8];
+    _mm256_storeu_ps(lane, sum);
+    return ((lane[0] + lane[4]) + (lane[2] + lane[6])) + ((lane[1] + lane[5]) + (lane[3] + lane[7]));
 }
+#endif
 
 // B vectors at a time; x of each is padded to whole mask words by the caller.
 template <class T, int B>
 void matvec_rows(const MatVec& job, const float* x, int64_t row, int64_t rows) {
-    constexpr int pieces = 64 / W, sums = 4;
     const Bits& weight = *job.weight;
     const char* values = weight.at<char>(weight.value_at);
     for (int64_t r = row; r < row + rows; ++r) {
         const uint64_t* mask = weight.mask() + r * weight.words;
         int64_t at = weight.start()[r];
-        vec sum[B][sums];
+        sum_t sum[B][kSums];
 #pragma GCC unroll 16
         for (int b = 0; b < B; ++b)
 #pragma GCC unroll 16
-            for (int s = 0; s < sums; ++s) sum[b][s] = vec{};
-        for (int64_t word = 0; word < weight.words; ++word) {
-            const uint64_t bits = mask[word];
-            const float* xs = x + word * 64;
-#pragma GCC unroll 16
-            for (int p = 0; p < pieces; ++p) {
-                const uint64_t below = p ? bits & ((uint64_t{1} << (p * W)) - 1) : 0;
-                const uint32_t piece = static_cast<uint32_t>(bits >> (p * W)) & ((1u << W) - 1);
-                const vec w = spread(T::load_values(values, at + __builtin_popcountll(below)), piece);
-#pragma GCC unroll 16
-                for (int b = 0; b < B; ++b) sum[b][p % sums] += w * load(xs + b * job.x_stride + p * W);
-            }
-            at += __builtin_popcountll(bits);
-        }
+            for (int s = 0; s < kSums; ++s) sum[b][s] = sum_t{};
+        for (int64_t word = 0; word < weight.words; ++word)
+            at = add_word<T, B>(mask + word, values, at, x + word * 64, job.x_stride, sum);
         const float scale = weight.type == ValueType::int8 ? weight.scale()[r] : 1.f;
         const float bias = job.bias ? job.bias[r] : 0.f;
 #pragma GCC unroll 16
         for (int b = 0; b < B; ++b) {
-            const float total = sum_lanes((sum[b][0] + sum[b][1]) + (sum[b][2] + sum[b][3])) * scale + bias;
-            vec one = activate(splat(total), job.activation);
-            job.y[b * job.y_stride + r] = one[0];
+            sum_t all = sum[b][0];
+#pragma GCC unroll 16
+            for (int s = 1; s < kSums; ++s) all += sum[b][s];
+            job.y[b * job.y_stride + r] = activate(splat(total(all) * scale + bias), job.activation)[0];
         }
     }
 }
