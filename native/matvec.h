@@ -1,6 +1,6 @@
 // One or a few vectors times a bitmask matrix: memory-bound, so weights stay compressed until they are in a register.
 //
-// With AVX2 and AVX-512 a mask word is taken eight bits at a time: the kept values are loaded densely, spread to the lanes whose
+// With AVX2 and AVX-512 a mask word is taken W bits at a time: the kept values are loaded densely, spread to the lanes whose
 // bit is set and multiplied by those lanes of x; elsewhere bit by bit. The buffer ends in enough slack for a whole vector.
 #pragma once
 
@@ -14,17 +14,11 @@
 
 namespace secateur::SECATEUR_ISA {
 
-#if defined(__AVX2__)
-using vec8 = __m256;
-#endif
-
-// How stored values become floats: eight at a time, and one.
+// How stored values become floats: a vector at a time, and one.
 struct F32 {
     static SECATEUR_INLINE float one(const char* base, int64_t at) { return reinterpret_cast<const float*>(base)[at]; }
 #if defined(__AVX2__)
-    static SECATEUR_INLINE vec8 eight(const char* base, int64_t at) {
-        return _mm256_loadu_ps(reinterpret_cast<const float*>(base) + at);
-    }
+    static SECATEUR_INLINE vec many(const char* base, int64_t at) { return load(reinterpret_cast<const float*>(base) + at); }
 #endif
 };
 
@@ -35,8 +29,13 @@ struct BF16 {
         std::memcpy(&x, &bits, 4);
         return x;
     }
-#if defined(__AVX2__)
-    static SECATEUR_INLINE vec8 eight(const char* base, int64_t at) {
+#if defined(__AVX512F__)
+    static SECATEUR_INLINE vec many(const char* base, int64_t at) {
+        const __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(base + at * 2));
+        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16));
+    }
+#elif defined(__AVX2__)
+    static SECATEUR_INLINE vec many(const char* base, int64_t at) {
         const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(base + at * 2));
         return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(raw), 16));
     }
@@ -45,19 +44,23 @@ struct BF16 {
 
 struct I8 {
     static SECATEUR_INLINE float one(const char* base, int64_t at) { return reinterpret_cast<const int8_t*>(base)[at]; }
-#if defined(__AVX2__)
-    static SECATEUR_INLINE vec8 eight(const char* base, int64_t at) {
+#if defined(__AVX512F__)
+    static SECATEUR_INLINE vec many(const char* base, int64_t at) {
+        return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(base + at))));
+    }
+#elif defined(__AVX2__)
+    static SECATEUR_INLINE vec many(const char* base, int64_t at) {
         return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(base + at))));
     }
 #endif
 };
 
-// Values to the lanes whose bit is set, zero elsewhere. Eight lanes also with AVX-512: expanding sixteen takes Zen 5 more
-// than twice as long, and expanding straight from memory is microcoded, so the load is kept apart.
-#if defined(__AVX512VL__)
-SECATEUR_INLINE vec8 spread(vec8 values, uint32_t bits) {
-    asm("" : "+v"(values));
-    return _mm256_maskz_expand_ps(static_cast<__mmask8>(bits), values);
+// Values to the lanes whose bit is set, zero elsewhere. With AVX-512 in place and from a register: the processor waits for
+// the old content of the destination even where all of it is overwritten, and expanding straight from memory is microcoded.
+#if defined(__AVX512F__)
+SECATEUR_INLINE vec spread(vec values, uint32_t bits) {
+    asm("vexpandps %0, %0 %{%1%}%{z%}" : "+v"(values) : "Yk"(static_cast<__mmask16>(bits)));
+    return values;
 }
 #elif defined(__AVX2__)
 // For each byte of mask and each lane: which of the packed values it takes, or -1 for none.
@@ -70,7 +73,7 @@ struct SpreadTable {
 };
 constexpr SpreadTable kSpread{};
 
-SECATEUR_INLINE vec8 spread(vec8 values, uint32_t bits) {
+SECATEUR_INLINE vec spread(vec values, uint32_t bits) {
     const __m256i lane = _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(kSpread.lane[bits])));
     return _mm256_andnot_ps(_mm256_castsi256_ps(_mm256_srai_epi32(lane, 31)), _mm256_permutevar8x32_ps(values, lane));
 }
@@ -79,18 +82,18 @@ SECATEUR_INLINE vec8 spread(vec8 values, uint32_t bits) {
 // The products of one mask word, whose values start at `at`, added to the sums. Returns where the next word's values start.
 #if defined(__AVX2__)
 constexpr int kSums = 4;
-using sum_t = vec8;
+using sum_t = vec;
 
 template <class T, int B>
 SECATEUR_INLINE int64_t add_word(const uint64_t* mask, const char* values, int64_t at, const float* x, int64_t stride, sum_t (&sum)[B][kSums]) {
-    const auto* bytes = reinterpret_cast<const uint8_t*>(mask);
 #pragma GCC unroll 16
-    for (int p = 0; p < 8; ++p) {
-        const uint32_t bits = bytes[p];
-        const vec8 w = spread(T::eight(values, at), bits);
+    for (int p = 0; p < 64 / W; ++p) {
+        uint16_t bits = 0;
+        std::memcpy(&bits, reinterpret_cast<const char*>(mask) + p * W / 8, W / 8);
+        const vec w = spread(T::many(values, at), bits);
         at += __builtin_popcount(bits);
 #pragma GCC unroll 16
-        for (int b = 0; b < B; ++b) sum[b][p % kSums] = _mm256_fmadd_ps(w, _mm256_loadu_ps(x + b * stride + p * 8), sum[b][p % kSums]);
+        for (int b = 0; b < B; ++b) sum[b][p % kSums] += w * load(x + b * stride + p * W);
     }
     return at;
 }
@@ -111,13 +114,13 @@ SECATEUR_INLINE int64_t add_word(const uint64_t* mask, const char* values, int64
 #endif
 
 SECATEUR_INLINE float total(float sum) { return sum; }
-#if defined(__AVX2__)
-SECATEUR_INLINE float total(vec8 sum) {
-    float lane[8];
-    _mm256_storeu_ps(lane, sum);
-    return ((lane[0] + lane[4]) + (lane[2] + lane[6])) + ((lane[1] + lane[5]) + (lane[3] + lane[7]));
+SECATEUR_INLINE float total(vec sum) {
+    float lane[W];
+    store(lane, sum);
+    for (int step = W / 2; step > 0; step /= 2)
+        for (int l = 0; l < step; ++l) lane[l] += lane[l + step];
+    return lane[0];
 }
-#endif
 
 // B vectors at a time; x of each is padded to whole mask words by the caller.
 template <class T, int B>
