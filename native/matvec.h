@@ -88,8 +88,9 @@ template <class T, int B>
 SECATEUR_INLINE int64_t add_word(const uint64_t* mask, const char* values, int64_t at, const float* x, int64_t stride, sum_t (&sum)[B][kSums]) {
 #pragma GCC unroll 16
     for (int p = 0; p < 64 / W; ++p) {
-        uint16_t bits = 0;
+        uint32_t bits = 0;
         std::memcpy(&bits, reinterpret_cast<const char*>(mask) + p * W / 8, W / 8);
+        asm("" : "+r"(bits));  // or GCC counts in 16-bit registers, whose upper halves chain each count to the one before
         const vec w = spread(T::many(values, at), bits);
         at += __builtin_popcount(bits);
 #pragma GCC unroll 16
