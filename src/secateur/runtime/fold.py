@@ -1,0 +1,93 @@
+"""BatchNorm into the convolution or linear layer before it, found by watching one real forward pass."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+_PRODUCERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+class _Watch(TorchDispatchMode):
+    """Counts how many operations read each tensor that a layer put out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: dict[int, tuple[nn.Module, Tensor]] = {}
+        self.uses: Counter[int] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for leaf in tree_leaves((args, kwargs or {})):
+            if id(leaf) in self.made:
+                self.uses[id(leaf)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def find_pairs(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> list[tuple[nn.Module, nn.Module]]:
+    """(layer, BatchNorm) pairs where the norm alone reads what the layer puts out, each called once.
+
+    Runs the model once, in evaluation mode. Control flow does not matter: what is watched is the tensors themselves.
+    """
+    watch, calls, pairs = _Watch(), Counter[nn.Module](), []
+
+    def made(module: nn.Module, _: Any, output: Any) -> None:
+        calls[module] += 1
+        watch.made[id(output)] = (module, output)
+
+    def met(norm: nn.Module, inputs: tuple[Any, ...]) -> None:
+        calls[norm] += 1
+        if inputs and id(inputs[0]) in watch.made:
+            pairs.append((id(inputs[0]), norm))
+
+    handles = [m.register_forward_hook(made) for m in model.modules() if type(m) in _PRODUCERS]
+    handles += [m.register_forward_pre_hook(met) for m in model.modules() if type(m) in _NORMS]
+    try:
+        with torch.no_grad(), watch:
+            outputs = model(*args, **kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    shown = {id(leaf) for leaf in tree_leaves(outputs)}
+    found = [(watch.made[key][0], norm) for key, norm in pairs if watch.uses[key] == 1 and key not in shown]
+    return [(layer, norm) for layer, norm in found if calls[layer] == calls[norm] == 1 and _plain(layer) and _foldable(norm)]
+
+
+@torch.no_grad()
+def fold(layer: nn.Module, norm: nn.Module) -> None:
+    """Fold ``norm(layer(x))`` in evaluation mode into the weight and bias of `layer`, in place, computed in float64.
+
+    ``W' = W * gamma / sqrt(var + eps)``, ``b' = (b - mean) * gamma / sqrt(var + eps) + beta``.
+    """
+    mean, var = norm.running_mean.double(), norm.running_var.double()  # type: ignore[union-attr,operator]
+    gamma = torch.ones_like(mean) if norm.weight is None else norm.weight.double()  # type: ignore[union-attr,operator]
+    beta = torch.zeros_like(mean) if norm.bias is None else norm.bias.double()  # type: ignore[union-attr,operator]
+    weight: Tensor = layer.weight  # type: ignore[assignment]
+    bias = torch.zeros_like(mean) if layer.bias is None else layer.bias.double()  # type: ignore[union-attr,operator]
+    scale = gamma / torch.sqrt(var + norm.eps)  # type: ignore[operator]
+    folded = (weight.double() * scale.reshape(-1, *[1] * (weight.dim() - 1))).to(weight.dtype)
+    layer.weight = nn.Parameter(folded, requires_grad=False)
+    layer.bias = nn.Parameter(((bias - mean) * scale + beta).to(weight.dtype), requires_grad=False)
+
+
+def replace(model: nn.Module, old: nn.Module, new: nn.Module) -> list[str]:
+    """Put `new` wherever `model` holds `old`. Returns the names of those places."""
+    names = [name for name, module in model.named_modules(remove_duplicate=False) if module is old]
+    for name in names:
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, new)
+    return names
+
+
+def _plain(layer: nn.Module) -> bool:
+    return not (layer._forward_hooks or layer._forward_pre_hooks) and not hasattr(layer, "parametrizations")
+
+
+def _foldable(norm: nn.Module) -> bool:
+    return norm.running_mean is not None and not norm.training and _plain(norm)
