@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import sys
 from pathlib import Path
@@ -77,6 +78,7 @@ def points() -> tuple[Point, ...]:
     return tuple(found)
 
 
+@functools.cache
 def small(n: int = 20) -> Report:
     """A residual network of `n` layers, pruned to about 90%."""
     generator = torch.Generator().manual_seed(n)
@@ -109,6 +111,7 @@ def small(n: int = 20) -> Report:
     )  # fmt: skip
 
 
+@functools.cache
 def large(n: int = 300) -> Report:
     """A language model of `n` layers: perplexity, no latency, some layers left alone, most pictures left out."""
     generator = torch.Generator().manual_seed(n)

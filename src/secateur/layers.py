@@ -27,6 +27,14 @@ class Layer:
     aliases: tuple[str, ...] = ()  #: other names of the same parameter, where it is tied
 
     @property
+    def bias(self) -> str | None:
+        """Name of the bias that belongs to the weight, one value for each output, or None where there is none."""
+        bias = getattr(self.module, "bias", None)
+        if not isinstance(bias, nn.Parameter) or bias.shape != self.shape[:1]:
+            return None
+        return f"{self.module_name}.bias" if self.module_name else "bias"
+
+    @property
     def shape(self) -> torch.Size:
         """Canonical shape."""
         return self.canonical(self.parameter).shape

@@ -58,8 +58,8 @@ def advance(what: str, done: int, total: int | None, note: str = "") -> None:
 
 def track(items: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
     """Yield `items`, saying after each how far it is. `total` defaults to ``len(items)`` where that is known."""
-    if total is None and hasattr(items, "__len__"):
-        total = len(items)  # type: ignore[arg-type]
+    if total is None:
+        total = _length(items)
     done = 0
     advance(what, 0, total)
     for item in items:
@@ -67,3 +67,10 @@ def track(items: Iterable[T], what: str, total: int | None = None) -> Iterator[T
         done += 1
         advance(what, done, max(total, done) if total is not None else None)
     advance(what, done, done)
+
+
+def _length(items: Iterable[T]) -> int | None:
+    try:
+        return len(items)  # type: ignore[arg-type]
+    except TypeError:  # a stream, or a wrapper around one
+        return None

@@ -12,7 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from secateur.errors import RecipeError, did_you_mean
 from secateur.sparsity import check_sparsity
 
-#: A registered name, or a table with the name and its options: ``{name = "exponential", base = 0.3}``.
+#: A registered name, or a table with the name and its options: ``{name = "exponential", initial = 0.3}``.
 Piece = str | dict[str, Any]
 
 
@@ -111,7 +111,7 @@ class Recipe(_Strict):
         return "\n".join(lines) + "\n"
 
     @classmethod
-    def schema(cls) -> dict[str, Any]:
+    def json_schema(cls) -> dict[str, Any]:
         """JSON schema of the file format, which editors use to complete and check a recipe."""
         return {"$schema": "https://json-schema.org/draft/2020-12/schema", **cls.model_json_schema()}
 

@@ -7,7 +7,10 @@ it never decreases, and never leaves ``[initial, target]``.
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Mapping
+from typing import Any
 
 from secateur.errors import RecipeError
 from secateur.registry import Registry
@@ -71,6 +74,19 @@ def exponential(progress: float, target: float, *, initial: float = 0.0) -> floa
     _check(progress, target, initial)
     density = (1.0 - initial) * ((1.0 - target) / (1.0 - initial)) ** progress
     return _reach(progress, target, initial, 1.0 - density)
+
+
+def make_schedule(spec: str | Mapping[str, Any]) -> Schedule:
+    """``f(progress, target)`` of a name, or of a mapping with the name and options; both checked.
+
+    >>> make_schedule({"name": "iterative", "initial": 0.5})(0.0, 0.9)
+    0.5
+    """
+    name = spec if isinstance(spec, str) else spec.get("name", "")
+    options = {} if isinstance(spec, str) else {k: v for k, v in spec.items() if k != "name"}
+    entry = SCHEDULES[name]
+    entry.check_options("schedule", options)
+    return functools.partial(entry.make, **options)
 
 
 def _reach(progress: float, target: float, initial: float, sparsity: float) -> float:

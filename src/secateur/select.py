@@ -7,6 +7,7 @@ would remove all of a tie, or none of it, is never used alone: what is equal to 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import BoolTensor, IntTensor, Tensor
@@ -92,26 +93,28 @@ def _threshold(parts: Parts, k: int) -> tuple[float, list[int], list[int]]:
     if k == 0:
         none = [0 for _ in parts()]
         return float("inf"), none, none
-    narrowed = _narrow(parts, k)
-    if narrowed is not None:
-        rank = k - sum(above for above, _ in narrowed)
-        undecided = torch.cat([inside for _, inside in narrowed])
-        value = float(undecided.kthvalue(len(undecided) - rank + 1).values)
-        more = [above + int((inside > value).count_nonzero()) for above, inside in narrowed]
-        same = [int((inside == value).count_nonzero()) for _, inside in narrowed]
-        return value, more, same
-    value = _by_counting(parts, k)
+    low, high = _bracket(parts, k)
+    found = _between(parts, low, high)
+    at_least_high = sum(f.above + f.at_high for f in found)
+    between = sum(f.inside for f in found)
+    gathered = sum(f.between.numel() for f in found)
+    if sum(f.above for f in found) < k <= at_least_high:
+        return high, [f.above for f in found], [f.at_high for f in found]
+    if at_least_high < k <= at_least_high + between and gathered == between:
+        undecided = torch.cat([f.between for f in found])
+        value = float(undecided.kthvalue(between - (k - at_least_high) + 1).values)
+        more = [f.above + f.at_high + int((f.between > value).count_nonzero()) for f in found]
+        return value, more, [int((f.between == value).count_nonzero()) for f in found]
+    if at_least_high + between < k <= at_least_high + between + sum(f.at_low for f in found):
+        return low, [f.above + f.at_high + f.inside for f in found], [f.at_low for f in found]
+    value = _by_counting(parts, k)  # the guess was wrong, or left too much undecided
     more = [sum(int((c > value).count_nonzero()) for c in _chunks(part)) for part in parts()]
     same = [sum(int((c == value).count_nonzero()) for c in _chunks(part)) for part in parts()]
     return value, more, same
 
 
-def _narrow(parts: Parts, k: int) -> list[tuple[int, Tensor]] | None:
-    """For each part how many values are certainly above the threshold, and the values that are undecided.
-
-    Two values of an evenly spaced sample are taken between which the threshold probably lies; one pass then proves it or
-    returns None: where the guess was wrong, and where too much is undecided, as under heavy ties.
-    """
+def _bracket(parts: Parts, k: int) -> tuple[float, float]:
+    """Two values between which the k-th largest probably lies, guessed from an evenly spaced sample."""
     total, samples = 0, []
     for part in parts():
         total += part.numel()
@@ -125,20 +128,43 @@ def _narrow(parts: Parts, k: int) -> list[tuple[int, Tensor]] | None:
     first, last = int(share * len(sample) - margin), int(share * len(sample) + margin)
     high = float(sample[first]) if first >= 0 else float("inf")
     low = float(sample[last]) if last < len(sample) else -float("inf")
-    narrowed, undecided = [], 0
+    return low, high
+
+
+@dataclass
+class _Found:
+    """How one part lies around a bracket: counts above it, at its ends and inside, and the values inside, if not too many."""
+
+    above: int
+    at_high: int
+    inside: int
+    at_low: int
+    between: Tensor
+
+
+def _between(parts: Parts, low: float, high: float) -> list[_Found]:
+    """One pass over all parts. It gathers nothing more once too much lies inside the bracket for the guess to pay."""
+    found: list[_Found] = []
+    total = undecided = 0
     for part in parts():
-        above, inside = 0, []
+        here, inside = _Found(0, 0, 0, 0, part.new_empty(0)), []
         for chunk in _chunks(part):
-            not_above = chunk <= high
-            above += chunk.numel() - int(not_above.count_nonzero())
-            inside.append(chunk[not_above.logical_and_(chunk >= low)])
-            undecided += inside[-1].numel()
+            below, above_low = chunk < high, chunk > low
+            under, over = int(below.count_nonzero()), int(above_low.count_nonzero())
+            above = int((chunk > high).count_nonzero())
+            here.above += above
+            here.at_high += chunk.numel() - above - under
+            if low != high:
+                here.at_low += int((chunk >= low).count_nonzero()) - over
+                here.inside += over - (chunk.numel() - under)
+            if undecided <= max(_FEW, _MOST_INSIDE * total):
+                inside.append(chunk[below.logical_and_(above_low)])
+                undecided += inside[-1].numel()
+            total += chunk.numel()
+        here.between = torch.cat([here.between, *inside])
+        found.append(here)
         del part, chunk
-        if undecided > max(_FEW, _MOST_INSIDE * total):
-            return None
-        narrowed.append((above, torch.cat(inside)))
-    certain = sum(above for above, _ in narrowed)
-    return narrowed if certain < k <= certain + undecided else None
+    return found
 
 
 def _by_counting(parts: Parts, k: int) -> float:
@@ -192,8 +218,10 @@ def _one_group(scores: Tensor, keep: int) -> Tensor:
         return _by_sort(scores[None], torch.tensor([keep], device=scores.device))[0]
     value = kth_largest(lambda: [scores], keep)
     mask = scores > value
-    ties = (scores == value).nonzero().flatten()
-    mask[ties[: keep - int(mask.count_nonzero())]] = True
+    missing = keep - int(mask.count_nonzero())
+    if missing:
+        ties = (scores == value).nonzero().flatten()
+        mask[ties[:missing]] = True
     return mask
 
 

@@ -145,15 +145,15 @@ def choose(
 ) -> MaskSet:
     """Masks that remove `sparsity` of the units of `layers`, by the method; the solver's weights are not wanted.
 
-    `previous` masks are respected: what they removed stays removed and counts towards the sparsity.
+    `previous` masks are respected: what they removed stays removed and counts towards the sparsity. Where the pattern
+    removes whole outputs there are masks of their biases too.
     """
     scores = Scores(layers, stats, method, previous)
     counts = method.allocation(scores, sparsity)
-    masks = {}
+    masks: dict[str, Tensor] = {}
     for name, layer in layers.items():
         units = scores[name]
-        keep_mask = method.pattern.unfold(top(units.scores, counts[name]), units.shape)
-        masks[name] = layer.stored(keep_mask)
+        _add_masks(masks, layer, method, method.pattern.unfold(top(units.scores, counts[name]), units.shape))
     return MaskSet(masks)
 
 
@@ -166,18 +166,26 @@ def solve(
     method: Method,
     previous: MaskSet | None = None,
 ) -> MaskSet:
-    """As `choose`, and the solver writes the surviving weights into the model."""
+    """As `choose`, and the solver writes the surviving weights into the model the layers belong to."""
     scores = Scores(layers, stats, method, previous)
     counts = method.allocation(scores, sparsity)
-    masks = {}
+    masks: dict[str, Tensor] = {}
     for name, layer in layers.items():
         units = scores[name]
         mask, weight = method.solver(
             layer.canonical(layer.parameter.detach()), units.scores, counts[name], method.pattern, stats[name]
         )
         layer.parameter.copy_(layer.stored(weight))
-        masks[name] = layer.stored(mask)
+        _add_masks(masks, layer, method, mask)
+        if layer.bias in masks:
+            layer.module.bias.masked_fill_(~masks[layer.bias], 0)  # type: ignore[operator, union-attr, index]
     return MaskSet(masks)
+
+
+def _add_masks(masks: dict[str, Tensor], layer: Layer, method: Method, mask: Tensor) -> None:
+    masks[layer.name] = layer.stored(mask)
+    if method.pattern.whole_outputs and layer.bias is not None:
+        masks[layer.bias] = mask.flatten(1).any(1)
 
 
 def _piece(registry: Mapping[str, Any], spec: Named) -> tuple[str, Callable[..., Any]]:

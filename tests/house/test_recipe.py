@@ -71,7 +71,14 @@ def test_toml_and_json_round_trip(tmp_path_factory, data):
 
 @pytest.mark.parametrize(
     ("name", "content"),
-    [("a.toml", b"sparsity ="), ("a.json", b"{"), ("a.json", b"[1]"), ("a.toml", b"\xff\xfe"), ("a.yaml", b""), ("gone.toml", None)],
+    [
+        ("a.toml", b"sparsity ="),
+        ("a.json", b"{"),
+        ("a.json", b"[1]"),
+        ("a.toml", b"\xff\xfe"),
+        ("a.yaml", b""),
+        ("gone.toml", None),
+    ],
 )
 def test_a_broken_file_is_named(tmp_path, name, content):
     if content is not None:
@@ -86,7 +93,7 @@ def test_changes_are_laid_over_a_recipe():
 
 
 def test_schema_explains_every_key():
-    schema = Recipe.schema()
+    schema = Recipe.json_schema()
     assert set(schema["properties"]) == set(Recipe.model_fields)
     assert all("description" in p for p in schema["properties"].values())
     assert set(schema["$defs"]["FineTune"]["properties"]) == set(FineTune.model_fields)

@@ -34,6 +34,22 @@ def test_the_time_of_a_sleep_and_its_conditions():
     assert torch.get_num_threads() == 1
 
 
+def test_what_a_model_caches_can_still_be_trained_with():
+    class Caching(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.cache = nn.Parameter(torch.ones(2)), None
+
+        def forward(self, x):
+            self.cache = torch.ones(2) if self.cache is None else self.cache
+            return x * self.weight * self.cache
+
+    model = Caching()
+    latency(model, torch.ones(1, 2), runs=2, warmup=1)
+    model(torch.ones(1, 2)).sum().backward()
+    assert model.weight.grad.tolist() == [1, 1]
+
+
 def test_as_many_runs_as_fit():
     start = time.perf_counter()
     got = latency(Sleeper(0.005), torch.zeros(1), seconds=0.2)
@@ -62,7 +78,8 @@ def test_models_take_turns():
 def test_ratios_within_rounds():
     got = compare_latency({"slow": Sleeper(0.02), "fast": Sleeper(0.005)}, torch.zeros(1), runs=7)
     assert got["slow"].speedup == got["slow"].low == got["slow"].high == 1
-    assert 2 < got["fast"].low <= got["fast"].speedup <= got["fast"].high <= 4
+    assert 1.5 < got["fast"].low <= got["fast"].speedup <= got["fast"].high
+    assert got["fast"].speedup < 6
     assert got["fast"].latency.median_ms < got["slow"].latency.median_ms
 
 

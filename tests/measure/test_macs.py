@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from resnet20 import ResNet20
+from resnet20 import untrained
 from torch import nn
 
 from secateur.errors import ModelError
@@ -169,7 +169,7 @@ def test_weights_times_activations_in_either_order():
 
 
 def test_known_figure_of_resnet20_and_nothing_left_behind():
-    model = ResNet20().train()
+    model = untrained().train()
     model.layer1.eval()
     before = {k: v.clone() for k, v in model.state_dict().items()}
     got = macs(model, torch.randn(1, 3, 32, 32))

@@ -19,7 +19,9 @@ def test_a_mapping_keeps_its_order_and_becomes_floats():
     assert all(type(v) is float for v in got.values())
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), None, "0.5", {}, {"a": "x"}, {"a": torch.ones(2)}, [0.5]])
+@pytest.mark.parametrize(
+    "value", [float("nan"), torch.tensor(float("nan")), None, "0.5", {}, {"a": "x"}, {"a": torch.ones(2)}, [0.5]]
+)
 def test_what_is_no_number_is_refused(value):
     with pytest.raises(DataError, match="evaluate returned"):
         qualities(lambda model: value, nn.Identity())
@@ -38,3 +40,7 @@ def test_evaluation_mode_without_gradients_and_restored():
 def test_which_way_is_better():
     assert all(higher_is_better(n) for n in ("quality", "accuracy", "top5", "f1"))
     assert not any(higher_is_better(n) for n in ("loss", "val_Loss", "perplexity", "error", "top1_error"))
+
+
+def test_a_diverged_model_has_an_infinite_perplexity():
+    assert qualities(lambda model: {"perplexity": float("inf")}, nn.Identity())["perplexity"] == float("inf")

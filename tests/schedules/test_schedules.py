@@ -10,7 +10,7 @@ import pytest
 
 from secateur import schedules
 from secateur.errors import RecipeError, UnknownName
-from secateur.schedules import SCHEDULES, cubic, exponential, iterative, one_shot
+from secateur.schedules import SCHEDULES, cubic, exponential, iterative, make_schedule, one_shot
 
 
 def test_one_shot_is_the_target_from_the_start():
@@ -42,7 +42,7 @@ def test_exponential_keeps_the_same_share_at_each_step():
 
 def test_examples_of_the_docstrings():
     assert doctest.testmod(schedules).failed == 0
-    assert doctest.testmod(schedules).attempted == 4
+    assert doctest.testmod(schedules).attempted == 5
 
 
 @pytest.mark.parametrize("name", list(SCHEDULES))
@@ -71,3 +71,12 @@ def test_unknown_name_suggests_the_nearest():
         SCHEDULES["cubik"]
     with pytest.raises(RecipeError, match=r"no option .initail.\. Did you mean .initial."):
         SCHEDULES["cubic"].check_options("schedule", {"initail": 0.1})
+
+
+def test_made_from_a_name_or_a_mapping():
+    assert make_schedule("cubic")(0.5, 0.8) == cubic(0.5, 0.8)
+    assert make_schedule({"name": "exponential", "initial": 0.3})(0.5, 0.9) == exponential(0.5, 0.9, initial=0.3)
+    with pytest.raises(RecipeError, match="no option 'base'"):
+        make_schedule({"name": "cubic", "base": 0.3})
+    with pytest.raises(UnknownName):
+        make_schedule({"initial": 0.3})

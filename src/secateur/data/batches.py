@@ -152,6 +152,17 @@ class Batches(Iterable[Batch]):
             raise DataError(f"the data {what}. Pass a list or a DataLoader, which can be read again.")
         self._seen = count
 
+    @property
+    def source(self) -> Iterable[Batch]:
+        """What the batches come from: the iterable that was given, or the list that a one-shot iterator was kept in."""
+        return self._data
+
+    def shuffled(self, seed: int) -> Batches:
+        """The batches in the order that the source gives for `seed`, where it has ``shuffled(seed)``; else as they are."""
+        if not hasattr(self._data, "shuffled"):
+            return self
+        return Batches(self._data.shuffled(seed), limit=self._limit)
+
     def __len__(self) -> int:
         if self._seen is not None:
             return self._seen

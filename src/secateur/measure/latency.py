@@ -71,7 +71,6 @@ def compare_latency(
     _check_counts(runs, warmup, seconds, threads)
     with ExitStack() as stack:
         used = stack.enter_context(using_threads(threads))
-        stack.enter_context(torch.inference_mode())
         for model in models.values():
             stack.enter_context(evaluating(model))
         timers = {name: _Timer(model, example) for name, model in models.items()}
@@ -106,19 +105,27 @@ class _Timer:
 
 def _rounds(timers: Sequence[_Timer], runs: int | None, warmup: int | None, seconds: float) -> list[list[float]]:
     """Seconds of every run, for each timer."""
+    with (
+        torch.no_grad()
+    ):  # what a model caches in its first pass must not become an inference tensor: training could not use it
+        _warm_up(timers, warmup, seconds)
+    times: list[list[float]] = [[] for _ in timers]
+    start, done = time.perf_counter(), 0
+    with torch.inference_mode():
+        while done < runs if runs is not None else _goes_on(done, time.perf_counter() - start, seconds * len(timers)):
+            for turn in range(len(timers)):
+                which = (turn + done) % len(timers)
+                times[which].append(timers[which]())
+            done += 1
+    return times
+
+
+def _warm_up(timers: Sequence[_Timer], warmup: int | None, seconds: float) -> None:
     start, done = time.perf_counter(), 0
     while done < warmup if warmup is not None else done < 1 or time.perf_counter() - start < seconds * len(timers) / 5:
         for timer in timers:
             timer()
         done += 1
-    times: list[list[float]] = [[] for _ in timers]
-    start, done = time.perf_counter(), 0
-    while done < runs if runs is not None else _goes_on(done, time.perf_counter() - start, seconds * len(timers)):
-        for turn in range(len(timers)):
-            which = (turn + done) % len(timers)
-            times[which].append(timers[which]())
-        done += 1
-    return times
 
 
 def _goes_on(done: int, spent: float, seconds: float) -> bool:

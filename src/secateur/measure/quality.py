@@ -15,14 +15,14 @@ from secateur.measure.modes import evaluating
 #: ``evaluate(model) -> float`` or a mapping of names to floats.
 Evaluate = Callable[[nn.Module], Any]
 
-_LOWER = ("loss", "perplexity", "ppl", "error")
+_LOWER = ("loss", "perplexity", "error")
 
 
 def qualities(evaluate: Evaluate, model: nn.Module) -> dict[str, float]:
     """What `evaluate` says of the model, as floats by name; a bare number is called ``"quality"``.
 
-    The model is in evaluation mode and without gradients meanwhile. Raises DataError for what is not a finite number,
-    and for an empty mapping.
+    The model is in evaluation mode and without gradients meanwhile. Raises DataError for NaN and what is no number, and
+    for an empty mapping; an infinite perplexity is one.
 
     >>> qualities(lambda model: 0.5, nn.Identity())
     {'quality': 0.5}
@@ -48,6 +48,6 @@ def _number(name: str, value: Any) -> float:
         number = None
     if number is None or isinstance(value, (str, bytes)):
         raise DataError(f"evaluate returned a {type(value).__name__} for {name!r}; it must return a number, or numbers by name")
-    if not math.isfinite(number):
-        raise DataError(f"evaluate returned {number} for {name!r}. A finite number is needed to compare models.")
+    if math.isnan(number):
+        raise DataError(f"evaluate returned NaN for {name!r}. A number is needed to compare models; one that diverged is inf.")
     return number

@@ -74,16 +74,16 @@ def _layer_size(name: str, parameter: Tensor) -> LayerSize:
 
 def _storages(tensor: Tensor) -> dict[int, int]:
     """Address -> bytes of all memory behind a tensor."""
-    storages = (part.untyped_storage() for part in _parts(tensor.detach()))
+    storages = (part.untyped_storage() for part in dense_parts(tensor.detach()))
     return {s.data_ptr(): s.nbytes() for s in storages if s.nbytes()}
 
 
-def _parts(tensor: Tensor) -> Iterator[Tensor]:
+def dense_parts(tensor: Tensor) -> Iterator[Tensor]:
     """The plain dense tensors of which a sparse or wrapped tensor is made."""
     if is_traceable_wrapper_subclass(tensor):
         names, _ = tensor.__tensor_flatten__()
         for name in names:
-            yield from _parts(getattr(tensor, name))
+            yield from dense_parts(getattr(tensor, name))
     elif tensor.layout == torch.sparse_coo:
         yield from (tensor._indices(), tensor._values())
     elif tensor.layout in (torch.sparse_csr, torch.sparse_bsr):

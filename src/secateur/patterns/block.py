@@ -18,6 +18,7 @@ class Block:
     rows: int
     cols: int
     sparsity: float | None = None
+    whole_outputs: bool = False
 
     @property
     def name(self) -> str:

@@ -14,6 +14,7 @@ class Element:
 
     name: str = "element"
     sparsity: float | None = None
+    whole_outputs: bool = False
 
     def refuses(self, shape: torch.Size) -> str | None:
         """Never: every shape has elements."""
@@ -34,6 +35,7 @@ class Row:
 
     name: str = "row"
     sparsity: float | None = None
+    whole_outputs: bool = False
 
     def refuses(self, shape: torch.Size) -> str | None:
         """Never: every weight has rows."""
@@ -54,6 +56,7 @@ class Neuron:
 
     name: str = "neuron"
     sparsity: float | None = None
+    whole_outputs: bool = True
 
     def refuses(self, shape: torch.Size) -> str | None:
         """A layer of one neuron cannot lose a part of its neurons."""

@@ -16,6 +16,7 @@ class NM:
 
     keep: int
     of: int
+    whole_outputs: bool = False
 
     @property
     def name(self) -> str:

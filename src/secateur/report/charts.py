@@ -82,7 +82,8 @@ def sensitivity(rows: Sequence[SensitivityRow], metric: Metric, before: float | 
     if before is not None and math.isfinite(before):
         axes.axhline(metric.scaled(before), color=colour("ink"), linewidth=1.2, linestyle=(0, (3, 3)))
     _quality_y(axes, metric)
-    axes.set_xlim(left=min([0, *axes.get_xlim()]))
+    reach = max((100 * s for r in rows for s in r.curve.sparsity), default=0.0) or 1.0
+    axes.set_xlim(-0.02 * reach, 1.02 * reach)
     _number_ends(axes, rows[:HIGHLIGHTED], metric)
     axes.xaxis.set_major_formatter(lambda v, _: f"{v:g}%")
     _label(axes, "Weights removed from one layer", metric.label)
@@ -93,7 +94,9 @@ def sensitivity(rows: Sequence[SensitivityRow], metric: Metric, before: float | 
 def tradeoff(points: Sequence[Point], field: str, metric: Metric, before: float | None, width: float) -> Figure:
     """Quality against one cost of the models, a curve for each label, and the Pareto front as a broad stepped band."""
     label, more = AXES[field]
-    known = [p for p in points if getattr(p, field) is not None and math.isfinite(p.quality)]
+    known = [
+        p for p in points if math.isfinite(p.quality) and math.isfinite(math.nan if (x := getattr(p, field)) is None else x)
+    ]
     xs = [float(getattr(p, field)) for p in known]
     divisor, unit = (0.01, "") if field == "sparsity" else (1.0, "ms")
     if field in ("macs", "bytes_disk"):
@@ -107,6 +110,9 @@ def tradeoff(points: Sequence[Point], field: str, metric: Metric, before: float 
         drawstyle="steps-pre" if more else "steps-post",
         color=colour("leaf-soft"),
         linewidth=9,
+        marker="o",
+        markersize=15,
+        markeredgewidth=0,
         solid_capstyle="round",
         solid_joinstyle="round",
     )
@@ -135,8 +141,8 @@ def tradeoff(points: Sequence[Point], field: str, metric: Metric, before: float 
 @drawn
 def histogram(layer: LayerReport) -> Figure:
     """Weights before as an outline and the nonzero weights after as a filled shape, on the same edges."""
-    figure = new_figure(230, 120)
-    axes = new_axes(figure, 6, 6, 6, 22)
+    figure = new_figure(168, 96)
+    axes = new_axes(figure, 3, 3, 4, 20)
     for values, filled in ((layer.histogram_before, False), (layer.histogram_after, True)):
         if values is not None and len(values[0]) == len(values[1]) + 1 and values[1]:
             edges, counts = values
@@ -179,7 +185,7 @@ def _quality_y(axes: Axes, metric: Metric) -> None:
     if metric.percent:
         axes.yaxis.set_major_formatter(lambda v, _: f"{v:g}%")
     else:
-        axes.yaxis.set_major_formatter(lambda v, _: fmt.number(v, 3) if v else "0")
+        axes.yaxis.set_major_formatter(lambda v, _: f"{v:,.10g}")
 
 
 def _label(axes: Axes, x: str, y: str) -> None:

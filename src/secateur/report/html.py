@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from markupsafe import Markup
 
 MOST_SMALL = 24  #: small pictures (histograms, masks) of one kind
-_WIDE, _NARROW, _HALF = 880, 380, 430  #: widths that charts are drawn for, in CSS pixels
+_WIDE, _NARROW, _HALF = 880, 360, 390  #: widths that charts are drawn for, in CSS pixels
 
 
 def render(report: Report) -> str:
@@ -93,7 +94,7 @@ def _page(context: dict[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(count=fmt.count, plural=fmt.plural)
+    environment.filters.update(count=fmt.count, plural=fmt.plural, breakable=_breakable)
     script = _asset("page.js").strip()
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
     context |= {
@@ -104,6 +105,13 @@ def _page(context: dict[str, Any]) -> str:
     }
     page = environment.get_template("page.html").render(context)
     return fmt.printable(page.replace("\r\n", "\n").replace("\r", "\n"))
+
+
+def _breakable(name: str) -> Markup:
+    """A dotted name that lines may break in, after its dots, slashes and underscores."""
+    from markupsafe import Markup, escape
+
+    return Markup(re.sub(r"([./_])", r"\1<wbr>", str(escape(name))))
 
 
 def _asset(name: str) -> str:
@@ -230,8 +238,8 @@ def _masks(layers: Sequence[LayerReport]) -> dict[str, Any] | None:
         exact = picture.of_elements(layer.picture) and height * width == layer.parameters
         how = "each pixel one weight" if exact else f"full green = {fmt.share(top, 0)} kept"
         alt = f"Mask of {layer.name}, {height} by {width} cells, {fmt.share(1 - layer.sparsity)} kept; {how}."
-        items.append({"name": layer.name, "source": source, "alt": alt, "shape": fmt.shape(layer.shape), "how": how,
-                      "kept": fmt.share(1 - layer.sparsity), "flat": width > 3 * height})  # fmt: skip
+        kept, dims = fmt.share(1 - layer.sparsity), fmt.shape(layer.shape)
+        items.append({"name": layer.name, "source": source, "alt": alt, "shape": dims, "how": how, "kept": kept})
     return {"items": items, "left_out": len(having) - len(items)} if items else None
 
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 
+_LARGEST = 1.3  #: how far a chart may grow beyond the size it was drawn for
 SERIES = 8  #: colours that curves of different labels take in turn
 _TOKENS = ("ink", "muted", "line", "track", "leaf", "leaf-soft", "surface", *(f"s{i}" for i in range(SERIES)))
 _HEX = {name: f"#0102{i:02x}" for i, name in enumerate(_TOKENS)}
@@ -100,7 +101,7 @@ def to_svg(figure: Figure, key: str, label: str) -> str:
     width, height = (f"{v * 72:g}" for v in figure.get_size_inches())
     root.attrib.clear()
     root.attrib.update({"class": "chart", "viewBox": f"0 0 {width} {height}", "role": "img", "aria-label": label})
-    root.set("style", f"max-width:{width}px")
+    root.set("style", f"max-width:{float(width) * _LARGEST:g}px")
     return ET.tostring(root, encoding="unicode")
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from secateur.report import format as fmt
 from secateur.report import rows
 from secateur.report.metric import Metric
-from secateur.types import Point, Report
+from secateur.types import Measurement, Point, Report
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -24,7 +24,7 @@ def before_after(report: Report) -> Table:
 
         rich.print(before_after(result.report))
     """
-    table = _table(fmt.printable(report.title))
+    table = _table(report.title)
     table.add_column("", ratio=1, min_width=18)
     for head in ("Before", "After", "Change"):
         table.add_column(head, justify="right")
@@ -38,6 +38,18 @@ def before_after(report: Report) -> Table:
             remarks.append(row.note)
     if remarks:
         table.caption = _text("\n".join(dict.fromkeys(remarks)))
+    return table
+
+
+def measurement(found: Measurement) -> Table:
+    """The figures of one model, and under which conditions the latency was measured."""
+    table = _table("Measured")
+    table.add_column("", ratio=1, min_width=18)
+    table.add_column("", justify="right")
+    for row in rows.before_after_rows(Report("", found, found)):
+        table.add_row(_text(row.label), _text(row.before))
+    if found.latency is not None:
+        table.caption = _text(f"Latency: {fmt.conditions(found.latency)}")
     return table
 
 
@@ -103,4 +115,4 @@ def _table(title: str) -> Table:
 def _text(text: str, style: str = "") -> Text:
     from rich.text import Text
 
-    return Text(text, style=style)  # Text and not str: square brackets in names are no markup
+    return Text(fmt.printable(text), style=style)  # Text and not str: square brackets in names are no markup

@@ -14,7 +14,7 @@ def verdict(report: Report) -> str:
     ``"90.0% of the weights are gone; accuracy went from 97.2% to 96.9%; 3.4x smaller on disk; not faster: zeros alone do not
     speed up dense kernels."``
     """
-    return "; ".join([_weights(report), _quality(report), _disk(report), _speed(report)]) + "."
+    return fmt.printable("; ".join([_weights(report), _quality(report), _disk(report), _speed(report)])) + "."
 
 
 def _weights(report: Report) -> str:
@@ -28,7 +28,7 @@ def _quality(report: Report) -> str:
     metric = main_metric(report)
     if metric is None:
         return "quality was not measured"
-    name = fmt.printable(metric.name).replace("_", " ")
+    name = metric.name.replace("_", " ")
     before, after = report.before.quality.get(metric.name), report.after.quality.get(metric.name)
     if before is None or after is None:
         return f"{name} was not measured on both sides"

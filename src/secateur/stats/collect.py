@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import nullcontext
@@ -18,7 +19,7 @@ from secateur.layers import Layer, check_finite
 from secateur.progress import track
 from secateur.stats import nonfinite
 from secateur.stats.gradients import SquaredGradients, Sums, gradients, hessian_gradient, scalar
-from secateur.stats.guard import check_reached, ordinary, untouched
+from secateur.stats.guard import check_reached, listed, ordinary, untouched
 from secateur.stats.inputs import InputNorms
 from secateur.stats.synflow import synflow_gradient
 from secateur.types import LayerStats, Need
@@ -83,6 +84,9 @@ def collect(
             sample = ordinary(next(iter(batches)) if example is None and batches is not None else example)
             found[Need.SYNFLOW_GRAD], note = synflow_gradient(model, sample, list(layers.values()))
             notes += [note] if note else []
+    notes += _zeros(found)
+    for note in notes:
+        log.warning(note)
     stats = {
         name: LayerStats(
             name=name,
@@ -109,24 +113,21 @@ class _Pass:
         self.squared = SquaredGradients(model, loss, self.layers) if Need.GRAD_SQ in wanted else None
         self.reached = [False] * len(self.layers)
         self.samples = 0
-        self.first_samples = 0
 
     @property
     def notes(self) -> list[str]:
         """What went another way than the best."""
         notes = [self.squared.note] if self.squared is not None and self.squared.note else []
         if self.norms is not None and self.norms.unmasked:
-            names = ", ".join(self.norms.unmasked)
+            names = listed(self.norms.unmasked)
             notes.append(f"padding is counted in the input norms of {names}: their positions are not those of attention_mask")
         return notes
 
     def run(self, batches: Batches) -> int:
         """Go through the batches once, or through the first where no more is needed; the number of samples seen."""
         first_only = not self.wanted & (_DIFFERENTIATED - {Need.GRAD_ONE} | {Need.INPUT_NORM})
-        for index, batch in enumerate(_tracked(batches, "calibrate")):
+        for index, batch in enumerate(_tracked(batches, "calibrate", limit=1 if first_only else None)):
             self._add(index, ordinary(batch))
-            if first_only:
-                break
         return self.samples
 
     def _add(self, index: int, batch: Batch) -> None:
@@ -159,10 +160,14 @@ class _Pass:
     def results(self, batches: Batches) -> dict[Need, dict[str, Tensor]]:
         """The statistics in canonical orientation, checked: every layer reached, every value finite."""
         if self.differentiate:
-            check_reached([la.name for la, seen in zip(self.layers, self.reached, strict=True) if not seen], "the loss")
+            check_reached(
+                [la.name for la, seen in zip(self.layers, self.reached, strict=True) if not seen], "the loss does not reach"
+            )
         found: dict[Need, dict[str, Tensor]] = {}
         if self.norms is not None:
-            check_reached([la.name for la in self.layers if la.name not in self.norms.seen], "the data")
+            check_reached(
+                [la.name for la in self.layers if la.name not in self.norms.seen], "no call was seen of the modules of"
+            )
             found[Need.INPUT_NORM] = {la.name: self.norms.norm(la) for la in self.layers}
         if self.first is not None:
             found[Need.GRAD_ONE] = self.first.mean(1)
@@ -200,12 +205,22 @@ def _check_request(wanted: frozenset[Need], batches: Batches | None, example: Ba
         raise DataError("the statistic 'synflow_grad' needs the shape of an input: give example= or data=")
 
 
-def _tracked(batches: Batches, what: str) -> Iterator[Any]:
+def _zeros(found: Mapping[Need, Mapping[str, Tensor]]) -> list[str]:
+    """A note for each statistic that is zero throughout a layer: dead or saturated units, or all weights gone."""
+    notes = []
+    for need, tensors in found.items():
+        names = [name for name, tensor in tensors.items() if not tensor.any()]
+        if names:
+            notes.append(f"the statistic {need.value!r} is zero throughout {listed(names)}: it ranks no weights there")
+    return notes
+
+
+def _tracked(batches: Batches, what: str, limit: int | None = None) -> Iterator[Any]:
     try:
         total: int | None = len(batches)
     except TypeError:  # a source without a length
         total = None
-    return track(iter(batches), what, total)
+    return track(itertools.islice(batches, limit), what, total if limit is None else limit)
 
 
 def _mix(seed: int, name: str) -> int:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import logging
+import textwrap
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,8 +16,8 @@ from secateur.data.batches import Batch, Loss, samples_of, size_of
 from secateur.errors import DataError
 from secateur.layers import Layer
 from secateur.stats.guard import leaves_and_spec
+from secateur.stats.swap import swapped
 
-log = logging.getLogger("secateur")
 #: Bytes of per-sample gradients held at once. More is not faster on any machine tried.
 CHUNK_BYTES = 128 << 20
 
@@ -103,7 +104,6 @@ class SquaredGradients:
             sums = self._vectorised(batch)
         except Exception as error:  # whatever vmap cannot do; a fault of the model itself shows again in the loop
             self.note = f"per-sample gradients were taken one sample at a time, as they cannot be vectorised: {_brief(error)}"
-            log.warning(self.note)
             self._one_by_one(batch)
             return
         self.sums.add(sums)
@@ -117,36 +117,27 @@ class SquaredGradients:
         size = size_of(batch)
         leaves, spec = leaves_and_spec(batch)
         split = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.dim() > 0 and len(leaf) == size]
-        model = _LossOf(self._model, self._loss)
-        parameters = {f"model.{layer.name}": layer.parameter.detach() for layer in self._layers}
+        parameters = [layer.parameter for layer in self._layers]
 
-        def loss_of_one(weights: dict[str, Tensor], *parts: Tensor) -> Tensor:
+        def loss_of_one(weights: list[Tensor], *parts: Tensor) -> Tensor:
             sample = list(leaves)
             for i, part in zip(split, parts, strict=True):
                 sample[i] = part.unsqueeze(0)
-            value = torch.func.functional_call(model, weights, (pytree.tree_unflatten(sample, spec),))
-            return scalar(value)
+            with swapped(self._model, zip(parameters, weights, strict=True)):
+                return scalar(self._loss(self._model, pytree.tree_unflatten(sample, spec)))
 
         per_sample = torch.func.vmap(torch.func.grad(loss_of_one), in_dims=(None, *(0 for _ in split)))
         totals: list[Tensor] = []
         for start in range(0, size, self._chunk):
-            with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # fused attention has no batching rule
-                found = per_sample(parameters, *(leaves[i][start : start + self._chunk] for i in split))
-                squares = [found[name].float().square_().sum(0) for name in parameters]
+            # Fused attention has no batching rule; where another operation has none, it is slower and as exact.
+            with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="There is a performance drop")
+                parts = (leaves[i][start : start + self._chunk] for i in split)
+                found = per_sample([p.detach() for p in parameters], *parts)
+                squares = [g.float().square_().sum(0) for g in found]
             totals = squares if not totals else [a.add_(b) for a, b in zip(totals, squares, strict=True)]
         return totals
 
 
-class _LossOf(nn.Module):
-    """A model and its loss as one module, so that functional_call can replace the weights the loss sees."""
-
-    def __init__(self, model: nn.Module, loss: Loss):
-        super().__init__()
-        self.model, self.loss = model, loss
-
-    def forward(self, batch: Batch) -> Tensor:
-        return self.loss(self.model, batch)
-
-
 def _brief(error: Exception) -> str:
-    return str(error).strip().split("\n")[0][:200] or type(error).__name__
+    return textwrap.shorten(str(error).partition("\n")[0], 120, placeholder=" ...") or type(error).__name__

@@ -47,13 +47,17 @@ def ordinary(batch: Batch) -> Batch:
 
 
 def check_reached(missing: Sequence[str], what: str) -> None:
-    """Raise LayerError naming the layers that `what`, the loss or the data, did not reach."""
+    """Raise LayerError naming the layers of which `what` is true, as in "the loss does not reach"."""
     if missing:
-        names = ", ".join(repr(n) for n in missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
         raise LayerError(
-            f"{what} does not reach {len(missing)} of the layers: {names}. "
-            "Leave them out with ignore=, or give data and a loss that use them."
+            f"{what} {len(missing)} of the layers: {listed(missing)}. "
+            "Leave them out with ignore=, take another criterion, or give data and a loss that use them."
         )
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first names of a list, and how many more there are."""
+    return ", ".join(repr(n) for n in names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 @contextmanager

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.utils.rnn import PackedSequence
 
 from secateur.data.batches import Batch, token_mask
 from secateur.errors import LayerError
 from secateur.layers import CONVOLUTIONS, TRANSPOSED, Layer
+from secateur.stats.swap import swapped
 
 #: ``reader(call) -> sums of squares``, float64, shaped to broadcast against the parameter as it is stored; None = nothing read.
 Reader = Callable[["Call"], "Tensor | None"]
@@ -176,30 +176,32 @@ def _convolution(call: Call) -> Tensor:
     """Sum of ``x^2`` over the positions at which each kernel entry meets each input channel.
 
     The gradient of ``sum(conv(x^2, w))`` in w is just that, with the module's own stride, padding, dilation and groups,
-    transposed or not. One output channel a group is enough.
+    transposed or not. One output channel a group is enough, where the module's forward is torch's own.
     """
     module = call.module
-    weight, groups = module.weight, int(module.groups)
-    transposed = isinstance(module, TRANSPOSED)
-    shape = list(weight.shape)
-    shape[1 if transposed else 0] = 1 if transposed else groups
+    transposed, groups = isinstance(module, TRANSPOSED), int(module.groups)
+    shape = list(module.weight.shape)
+    slim = type(module).forward in _STOCK_FORWARDS
+    if slim:
+        shape[1 if transposed else 0] = 1 if transposed else groups
     x = call.first().detach()
     x = x.to(torch.promote_types(x.dtype, torch.float32)).square()
     probe = torch.ones(shape, dtype=x.dtype, device=x.device, requires_grad=True)
-    replaced = {"weight": probe}
+    replaced = [(module.weight, probe)]
     if module.bias is not None:
-        replaced["bias"] = torch.zeros(groups, dtype=x.dtype, device=x.device)
-    kwargs = {k: x if i == 0 and not call.args else v for i, (k, v) in enumerate(call.kwargs.items())}
-    with torch.enable_grad():
-        out = functional_call(module, replaced, (x, *call.args[1:]) if call.args else (), kwargs)
-        (sums,) = torch.autograd.grad(out.sum(), probe)
+        outputs = shape[1] * groups if transposed else shape[0]
+        replaced.append((module.bias, torch.zeros(outputs, dtype=x.dtype, device=x.device)))
+    args = (x, *call.args[1:]) if call.args else ()
+    kwargs = {k: x if i == 0 and not args else v for i, (k, v) in enumerate(call.kwargs.items())}
+    with torch.enable_grad(), swapped(module, replaced):
+        (sums,) = torch.autograd.grad(module(*args, **kwargs).sum(), probe)
     if bool((sums < 0).any()):
         raise LayerError(
             f"a {type(module).__name__} transforms its weight before using it, so its inputs have no norm for each weight: "
             "leave it out with ignore=, or take a criterion that needs no input norms"
         )
-    if not transposed and groups > 1:
-        sums = sums.repeat_interleave(weight.shape[0] // groups, dim=0)
+    if slim and groups > 1 and not transposed:
+        sums = sums.repeat_interleave(module.weight.shape[0] // groups, dim=0)
     return sums.double()
 
 
@@ -216,16 +218,17 @@ def _attention_argument(index: int, name: str) -> Reader:
 
 def _attention_output(call: Call) -> Tensor:
     """Inputs of the output projection: the module's own output once that projection is the identity."""
-    projection = call.module.out_proj.weight
-    width = projection.shape[1]
-    replaced = {"out_proj.weight": torch.eye(width, dtype=projection.dtype, device=projection.device)}
-    if call.module.out_proj.bias is not None:
-        replaced["out_proj.bias"] = replaced["out_proj.weight"].new_zeros(width)
-    with torch.no_grad():
-        out = functional_call(call.module, replaced, call.args, call.kwargs)
+    projection = call.module.out_proj
+    width = projection.weight.shape[1]
+    replaced = [(projection.weight, torch.eye(width, dtype=projection.weight.dtype, device=projection.weight.device))]
+    if projection.bias is not None:
+        replaced.append((projection.bias, torch.zeros_like(projection.bias)))
+    with torch.no_grad(), swapped(call.module, replaced):
+        out = call.module(*call.args, **call.kwargs)
     return call.squares(out[0])[None, :]
 
 
+_STOCK_FORWARDS = {kind.forward for kind in (*CONVOLUTIONS, *TRANSPOSED)}
 _ATTENTION: dict[str, Reader] = {
     "in_proj_weight": _attention_input,
     "q_proj_weight": _attention_argument(0, "query"),

@@ -180,11 +180,17 @@ class Held:
             self._optimizer.state.clear()
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The user's own module inside what torch.compile and DistributedDataParallel make of it."""
+    while isinstance(model, DistributedDataParallel) or hasattr(model, "_orig_mod"):
+        model = model.module if isinstance(model, DistributedDataParallel) else model._orig_mod  # type: ignore[assignment]
+    return model
+
+
 def _named_parameters(optimizer: Optimizer, model: nn.Module | None) -> dict[str, Tensor]:
     """The optimizer's parameters by name, without what compiling and wrapping put into names."""
     if model is not None:
-        while isinstance(model, DistributedDataParallel) or hasattr(model, "_orig_mod"):
-            model = model.module if isinstance(model, DistributedDataParallel) else model._orig_mod  # type: ignore[assignment]
+        model = unwrapped(model)
         owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
         named = [(n, p) for n, p in model.named_parameters(remove_duplicate=False) if id(p) in owned]
     elif all("param_names" in group for group in optimizer.param_groups):

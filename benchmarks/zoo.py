@@ -1,0 +1,180 @@
+"""Prune half of the channels, neurons and heads of many architectures, and compare each with its masked original.
+
+    python benchmarks/zoo.py torchvision timm hf --out docs/zoo.md
+
+Every architecture is built with random weights, cut, run, and compared with the original in which the same units are masked:
+``pass`` means that the output has the same shape and differs by at most 1e-4 of its largest value.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from zoo_hf import FAMILIES, build
+
+from secateur.graph import choose_groups, cut, difference, make_plan, select, trace, unit_scores
+
+KINDS = ("channel", "neuron", "head")
+
+
+def torchvision_models() -> Iterator[tuple[str, Callable[[], tuple[nn.Module, Any]]]]:
+    """Classification, segmentation and video architectures of torchvision."""
+    _placeholders()
+    import torchvision
+    from torchvision import models
+
+    video, quantised = models.video, models.quantization
+    for name in torchvision.models.list_models():
+        builder = torchvision.models.get_model_builder(name)
+        module = builder.__module__
+        if "detection" in module or "optical_flow" in module or "quantization" in module or quantised is None:
+            continue
+        if name in ("vit_h_14", "regnet_y_128gf"):  # two gigabytes and more of random weights
+            continue
+        size = {"inception_v3": 299}.get(name, 224)
+        shape = (1, 3, 16, 112, 112) if video.__name__ in module else (1, 3, size, size)
+        if "mvit" in name or "swin3d" in name:
+            shape = (1, 3, 16, 224, 224)
+        options: dict[str, Any] = {"weights": None}
+        if "segmentation" in module:
+            options["weights_backbone"] = None
+        if name in ("googlenet", "inception_v3"):
+            options["init_weights"] = False
+        yield name, lambda b=builder, s=shape, o=options: (b(**o), torch.randn(s))
+
+
+def timm_models() -> Iterator[tuple[str, Callable[[], tuple[nn.Module, Any]]]]:
+    """The smallest two architectures of every family of timm."""
+    _placeholders()
+    import timm
+
+    def make(name: str) -> tuple[nn.Module, Any]:
+        model = timm.create_model(name, pretrained=False)
+        return model, torch.randn(1, *model.default_cfg["input_size"])
+
+    families: dict[str, list[str]] = {}
+    for name in timm.list_models():
+        families.setdefault(timm.models._registry._model_to_module[name], []).append(name)
+    big = ("giant", "gigantic", "huge", "xxlarge", "xlarge", "_xl", "so400m", "so150m", "large", "_g", "enormous", "1b", "7b")
+    for names in families.values():
+        small = [n for n in names if not any(b in n for b in big)] or names
+        for name in small[:: max(1, len(small) // 6)]:
+            yield name, lambda n=name: make(n)
+
+
+def hf_models() -> Iterator[tuple[str, Callable[[], tuple[nn.Module, Any]]]]:
+    """Families of transformers in small configurations."""
+    _placeholders()
+    for name in FAMILIES:
+        yield name, lambda n=name: build(n)
+
+
+def judge(make: Callable[[], tuple[nn.Module, Any]], kinds: tuple[str, ...], sparsity: float = 0.5) -> dict[str, Any]:
+    """One row of the table."""
+    torch.manual_seed(0)
+    model, example = make()
+    model.eval()
+    start = time.perf_counter()
+    graph = trace(model, example)
+    row: dict[str, Any] = {"trace_s": time.perf_counter() - start, "unknown": sorted(graph.unknown), "notes": list(graph.notes)}
+    groups = choose_groups(graph, kinds)
+    removed = select(graph, groups, unit_scores(model, groups, "l1"), sparsity)
+    row["units"] = {k: sum(g.units for g in groups if g.kind == k) for k in kinds}
+    plan = make_plan(graph, model, removed)
+    smaller = cut(model, plan)
+    row["seconds"] = time.perf_counter() - start
+    row["parameters"] = sum(p.numel() for p in model.parameters())
+    row["left"] = sum(p.numel() for p in smaller.parameters())
+    row["error"] = difference(model, smaller, graph, graph.flags(removed), example)
+    ok = row["error"] <= 1e-4
+    row["result"] = ("pass" if plan.cuts else "nothing to cut") if ok else f"differs by {row['error']:.1e}"
+    if not plan.cuts:
+        row["reason"] = next(iter(plan.skipped.values()), "")
+    return row
+
+
+def table(rows: dict[str, dict[str, Any]]) -> str:
+    """The rows as Markdown, with the counts above."""
+    passed = sum(r["result"] == "pass" for r in rows.values())
+    lines = [
+        f"{passed} of {len(rows)} pass.",
+        "",
+        "| model | result | parameters | left | error | seconds | remarks |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, r in rows.items():
+        remarks = "; ".join([*r.get("notes", []), *(f"no rule: {u}" for u in r.get("unknown", [])), r.get("reason", "")])
+        share = f"{r['left'] / r['parameters']:.0%}" if r.get("left") else "-"
+        error = f"{r['error']:.0e}" if "error" in r else "-"
+        lines.append(
+            f"| {name} | {r['result']} | {r.get('parameters', 0):,} | {share} | {error} | {r.get('seconds', 0):.1f} | {remarks.strip('; ')[:160]} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _placeholders() -> None:
+    """Operators that torchvision expects of its own C++ library, which a CPU-only torch does not have."""
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    for name in ("nms", "qnms"):
+        if not hasattr(torch.ops.torchvision, name):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    _KEEP.append(library)
+
+
+_KEEP: list[Any] = []
+
+
+def main() -> None:
+    """Run the parts named on the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="+", choices=("torchvision", "timm", "hf"))
+    parser.add_argument("--only", default="", help="only names that contain this")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--json", type=Path, help="rows are kept here, and rows found here are not computed again")
+    parser.add_argument("--kinds", default=",".join(KINDS))
+    parser.add_argument("--seconds", type=float, default=1e9, help="stop after this time")
+    options = parser.parse_args()
+    logging.disable(logging.WARNING)
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    sources = {"torchvision": torchvision_models, "timm": timm_models, "hf": hf_models}
+    rows = json.loads(options.json.read_text()) if options.json and options.json.exists() else {}
+    start = time.monotonic()
+    for part in options.parts:
+        for name, make in sources[part]():
+            key = f"{part}/{name}"
+            if options.only not in key or key in rows or time.monotonic() - start > options.seconds:
+                continue
+            try:
+                rows[key] = judge(make, tuple(options.kinds.split(",")))
+            except Exception as error:  # the table says what failed and why
+                rows[key] = {
+                    "result": f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}".replace(
+                        "|", "/"
+                    )
+                }
+            r = rows[key]
+            sys.stdout.write(
+                f"{key:50s} {r['result']} {r.get('seconds', 0):.1f}s {r.get('units')} {r.get('left', 0) / r.get('parameters', 1):.2f} {r.get('unknown') or ''} {r.get('notes') or ''}\n"
+            )
+            sys.stdout.flush()
+            if options.json:
+                options.json.write_text(json.dumps(rows, indent=1))
+    if options.out:
+        options.out.write_text(
+            "# The zoo\n\n`python benchmarks/zoo.py torchvision timm hf --out docs/zoo.md`\n\n" + table(rows)
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""``secateur prune``: the main job. One recipe, or several sparsities and criteria side by side."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from secateur.cli import options as o
+from secateur.cli.console import err, out, print_json, progress_bars
+from secateur.errors import RecipeError
+
+if TYPE_CHECKING:
+    from secateur.cli.sources import Inputs
+    from secateur.recipe import Recipe
+
+NEEDS_ARGUMENTS = True
+
+
+def command(
+    model: o.Model,
+    recipe: o.RecipeFile = None,
+    sparsity: o.Sparsity = None,
+    criterion: o.Criteria = None,
+    pattern: o.Pattern = None,
+    allocation: o.Allocation = None,
+    reduction: o.Reduction = None,
+    schedule: o.Schedule = None,
+    steps: o.Steps = None,
+    layers: o.Layers = None,
+    ignore: o.Ignore = None,
+    seed: o.Seed = None,
+    reestimate_norms: o.ReestimateNorms = False,
+    finetune: o.FineTuneEpochs = None,
+    lr: o.LearningRate = None,
+    optimizer: o.Optimizer = None,
+    data: o.Data = None,
+    train: o.Train = None,
+    test: o.Test = None,
+    evaluate: o.Evaluate = None,
+    batch_size: o.BatchSize = 32,
+    limit: o.Limit = None,
+    to: o.Out = None,
+    overwrite: o.Overwrite = False,
+    threads: o.Threads = None,
+    json: o.Json = False,
+) -> None:
+    """Prune a model, repair it, measure it before and after, and write weights, recipe and report.
+
+    Example: secateur prune timm:resnet18?pretrained=true --sparsity 0.5,0.7 --data folder:calibration --test folder:validation
+    --reestimate-norms --out runs/first
+    """
+    from secateur.cli.recipes import listed, numbers, recipe_of
+    from secateur.cli.sources import load_inputs
+
+    common = recipe_of(
+        recipe, pattern=pattern, allocation=allocation, reduction=reduction, schedule=schedule, steps=steps, layers=layers,
+        ignore=ignore, seed=seed, reestimate_norms=reestimate_norms, finetune=finetune, lr=lr, optimizer=optimizer,
+    )  # fmt: skip
+    recipes = variants(common, numbers(sparsity, "--sparsity"), listed(criterion))
+    if to is None and not json:
+        err.print("[dim]nothing will be written: give --out DIR to keep the pruned model and its report[/dim]")
+    with progress_bars(json):
+        inputs = load_inputs(
+            model, data=data, train=train, test=test, evaluate=evaluate, batch_size=batch_size, limit=limit, threads=threads
+        )
+        reports = run(inputs, recipes, to, overwrite)
+    show(reports, to, json)
+
+
+def variants(common: Recipe, sparsities: list[float], criteria: list[str]) -> list[Recipe]:
+    """The recipe at every combination of the sparsities and criteria that were given."""
+    from secateur.recipe import Recipe
+
+    choices: Iterable[tuple[str | None, float | None]] = itertools.product(criteria or [None], sparsities or [None])  # type: ignore[list-item]
+    return [Recipe.make(common, criterion=c, sparsity=s) for c, s in choices]
+
+
+def run(inputs: Inputs, recipes: list[Recipe], to: Path | None, overwrite: bool) -> list[Any]:
+    """Carry out the recipes one after another; the dense model is measured once. Several are written below `to`."""
+    import secateur as sc
+
+    folders = [to] if len(recipes) == 1 else [to / folder_name(r) if to else None for r in recipes]
+    if len(set(folders)) < len([f for f in folders if f]):
+        raise RecipeError("two of the recipes are the same: give each sparsity and criterion once")
+    before, reports = None, []
+    for recipe, folder in zip(recipes, folders, strict=True):
+        result = sc.prune(
+            inputs.loaded.model, recipe, data=inputs.data, train=inputs.train, evaluate=inputs.evaluate, example=inputs.example,
+            out=folder, overwrite=overwrite, source=inputs.loaded.source, before=before,
+        )  # fmt: skip
+        before = result.report.before
+        reports.append(result.report)
+    return reports
+
+
+def folder_name(recipe: Recipe) -> str:
+    """``magnitude-50``: what tells the runs of one comparison apart."""
+    name = recipe.criterion if isinstance(recipe.criterion, str) else str(recipe.criterion.get("name"))
+    return name if recipe.sparsity is None else f"{name}-{100 * recipe.sparsity:g}"
+
+
+def show(reports: list[Any], to: Path | None, json: bool) -> None:
+    """The table, the page that compares where there are several, and what to type next."""
+    from secateur.cli.report import write_page
+    from secateur.report.html import render_comparison
+    from secateur.report.terminal import before_after, comparison
+
+    several = len(reports) > 1
+    page = None if to is None else to / "report.html"
+    if page and several:
+        write_page(page, render_comparison(reports))
+    if json:
+        print_json(reports if several else reports[0])
+        return
+    out.print(comparison(reports) if several else before_after(reports[0]))
+    for note in dict.fromkeys(n for r in reports for n in r.notes):
+        err.print(f"note: {note}", markup=False)
+    if page:
+        out.print(f"report: {page}", soft_wrap=True)
+        if not several:
+            out.print(f"next:   secateur inspect {to}", soft_wrap=True)

@@ -1,0 +1,126 @@
+"""Cut: carry a plan out on a model, which becomes smaller for real."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur.errors import ModelError
+from secateur.types import Plan
+
+_INDEXED = re.compile(r"(.*)\[(\d+)\]$")
+
+
+def cut(model: nn.Module, plan: Plan, *, inplace: bool = False) -> nn.Module:
+    """A model of really smaller modules, without hooks or masks; `model` itself stays as it is unless `inplace`.
+
+    The plan may come from this model, or from `Plan.from_json`, for a freshly built model of the same architecture: so a cut
+    model is restored without pickle, by ``cut(build(), plan)`` and then its state dict. Raises ModelError where the plan was
+    made for another model.
+
+    >>> smaller = cut(model, plan)
+    """
+    tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    _check(tensors, plan)
+    new: dict[int, Tensor] = {}
+    for c in plan.cuts:
+        old = tensors[c.tensor]
+        source = new.get(id(old), old)
+        index = torch.tensor(c.kept, dtype=torch.long, device=source.device if not source.is_meta else "cpu")
+        with torch.no_grad():
+            new[id(old)] = source.index_select(c.dim, index.to(source.device))
+    for tensor in tensors.values():
+        if isinstance(tensor, nn.Parameter) and id(tensor) in new:
+            made = new[id(tensor)].detach()
+            new[id(tensor)] = made if isinstance(made, nn.Parameter) else nn.Parameter(made, requires_grad=tensor.requires_grad)
+    if inplace:
+        _replace(model, new)
+    else:
+        model = copy.deepcopy(model, dict(new))
+    for name, value in plan.attributes.items():
+        set_attribute(model, name, value)
+    for module in model.modules():
+        refresh(module)
+    return model
+
+
+def recut(model: nn.Module, plan: Plan) -> nn.Module:
+    """Carry a saved plan out on a freshly built model, in place, so that the cut model's state dict fits it."""
+    return cut(model, plan, inplace=True)
+
+
+def _check(tensors: Mapping[str, Tensor], plan: Plan) -> None:
+    for layer in plan.layers:
+        if layer.name in tensors and tuple(tensors[layer.name].shape) != tuple(layer.shape):
+            raise ModelError(
+                f"the plan was made for a {layer.name!r} of shape {tuple(layer.shape)}; this model's is "
+                f"{tuple(tensors[layer.name].shape)}. Build the model as it was before the cut."
+            )
+    for c in plan.cuts:
+        if c.tensor not in tensors:
+            raise ModelError(f"the plan cuts {c.tensor!r}, which this model does not have. It was made for another model.")
+        shape = tensors[c.tensor].shape
+        if c.dim >= len(shape) or not c.kept or max(c.kept) >= shape[c.dim]:
+            raise ModelError(
+                f"the plan keeps index {max(c.kept, default=None)} of dimension {c.dim} of {c.tensor!r}, shape {tuple(shape)}"
+            )
+
+
+def _replace(model: nn.Module, new: Mapping[int, Tensor]) -> None:
+    for module in model.modules():
+        for table in (module._parameters, module._buffers):
+            for key, tensor in table.items():
+                if tensor is not None and id(tensor) in new:
+                    table[key] = new[id(tensor)]  # type: ignore[assignment]
+        if isinstance(module, nn.RNNBase):
+            module._flat_weights = [new.get(id(t), t) for t in module._flat_weights]  # type: ignore[misc]
+
+
+def set_attribute(model: nn.Module, name: str, value: int) -> None:
+    """Set ``path.attribute`` or, for an item of a list or tuple, ``path.attribute[i]``."""
+    indexed = _INDEXED.match(name)
+    path, _, attribute = (indexed[1] if indexed else name).rpartition(".")
+    holder: Any = model
+    for part in path.split(".") if path else ():
+        holder = getattr(holder, part)
+    if indexed:
+        items = list(getattr(holder, attribute))
+        items[int(indexed[2])] = value
+        setattr(holder, attribute, type(getattr(holder, attribute))(items))
+    else:
+        setattr(holder, attribute, value)
+
+
+def refresh(module: nn.Module) -> None:
+    """Bring what a module of torch says of its own sizes in line with its parameters."""
+    weight = getattr(module, "weight", None)
+    if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
+        suffix = "_l0" if isinstance(module, nn.RNNBase) else ""
+        module.input_size = int(getattr(module, f"weight_ih{suffix}").shape[1])
+        module.hidden_size = int(getattr(module, f"weight_hh{suffix}").shape[1])
+    if not isinstance(weight, Tensor):
+        mean = getattr(module, "running_mean", None)
+        if isinstance(mean, Tensor) and hasattr(module, "num_features"):
+            setattr(module, "num_features", mean.shape[0])  # noqa: B010
+        return
+    if isinstance(module, nn.Linear):
+        module.out_features, module.in_features = weight.shape
+    elif isinstance(module, nn.modules.conv._ConvTransposeNd):
+        module.in_channels, module.out_channels = weight.shape[0], weight.shape[1] * module.groups
+    elif isinstance(module, nn.modules.conv._ConvNd):
+        module.out_channels, module.in_channels = weight.shape[0], weight.shape[1] * module.groups
+    elif isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)):
+        module.num_features = weight.shape[0]
+    elif isinstance(module, nn.GroupNorm):
+        module.num_channels = weight.shape[0]
+    elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+        module.normalized_shape = tuple(weight.shape)
+    elif isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+        module.num_embeddings, module.embedding_dim = weight.shape
+    elif isinstance(module, nn.PReLU):
+        module.num_parameters = weight.shape[0]

@@ -1,0 +1,343 @@
+"""The graph of a model: groups of units, each unit the slices of parameters that live or die together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+from secateur.graph.couple import Coupler
+from secateur.graph.equations import Equation, attributes_in, counts_in, solve
+from secateur.graph.labels import KEPT, Array, Labels
+from secateur.graph.trace import Recording, Value, record
+
+KINDS = ("channel", "neuron", "head", "head_dim", "width")
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    """One dimension of one parameter or buffer: index ``indices[i]`` goes with unit ``units[i]``."""
+
+    tensor: str
+    dim: int
+    indices: Array
+    units: Array
+
+
+@dataclass(eq=False)
+class Group:
+    """Units that compete with each other because they cut the same slices of the same tensors.
+
+    `kind` is one of ``channel`` (of convolutions), ``neuron`` (of linear layers), ``head``, ``head_dim`` and ``width`` (of a
+    residual stream of linear layers). A group with a `reason` cannot be cut. Groups in `ties` must keep equally many units.
+    """
+
+    id: int
+    kind: str
+    units: int
+    leaves: Array
+    members: tuple[Member, ...]
+    reason: str | None = None
+    siblings: set[int] = field(default_factory=set)  #: groups that cut the same dimensions another way
+    ties: set[int] = field(default_factory=set)
+
+    @property
+    def name(self) -> str:
+        """The first tensor the units belong to."""
+        return self.members[0].tensor
+
+    def __repr__(self) -> str:
+        where = ", ".join(f"{m.tensor}:{m.dim}" for m in self.members[:4]) + (", ..." if len(self.members) > 4 else "")
+        return f"Group({self.id}, {self.kind}, {self.units} units of {where}{'; fixed: ' + self.reason if self.reason else ''})"
+
+
+class Graph:
+    """What `trace` found: groups of units, and the equations that sizes must obey."""
+
+    def __init__(self, model: nn.Module, recording: Recording):
+        self.recording = recording
+        coupler = Coupler(recording)
+        coupler.run()
+        self.coupler = coupler
+        self.unknown = {op: tuple(sorted(modules)) for op, modules in coupler.unknown.items()}
+        self.notes = tuple(recording.notes)
+        self._leaves = _Leaves(coupler.labels)
+        self._count_pairs: dict[int, tuple[Array, Array, Array]] = {}
+        reasons = self._frozen()
+        self.groups: list[Group] = self._find_groups(reasons)
+        self._group_of = np.full(coupler.labels.count, -1)
+        for group in self.groups:
+            self._group_of[group.leaves] = group.id
+        self._try_groups()
+
+    def units(self, kind: str | None = None) -> list[Group]:
+        """Groups that can be cut, of one kind or of all."""
+        return [g for g in self.groups if g.reason is None and kind in (None, g.kind)]
+
+    def removed_indices(self, removed: NDArray[np.bool_]) -> dict[tuple[str, int], Array]:
+        """``removed [labels]`` flags of leaves -> for each (tensor, dim) the indices that go."""
+        gone = removed[self._pairs.leaf]
+        out: dict[tuple[str, int], Array] = {}
+        for at in np.unique(self._pairs.where[gone]).tolist():
+            rows = gone & (self._pairs.where == at)
+            out[self._where[at]] = np.unique(self._pairs.index[rows])
+        return out
+
+    def count(self, labels: Array, removed: NDArray[np.bool_]) -> int:
+        """How many of `labels` are kept."""
+        index, leaf = self._expanded(labels)
+        return len(labels) - len(np.unique(index[removed[leaf]]))
+
+    def mask(self, labels: Array, removed: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """Which of `labels` are kept."""
+        index, leaf = self._expanded(labels)
+        kept = np.ones(len(labels), bool)
+        kept[index[removed[leaf]]] = False
+        return kept
+
+    def flags(self, units: Mapping[int, Iterable[int]]) -> NDArray[np.bool_]:
+        """Flags of the leaves that go, from unit numbers by group."""
+        removed = np.zeros(self.coupler.labels.count, bool)
+        for group, numbers in units.items():
+            removed[self.groups[group].leaves[np.asarray(list(numbers), dtype=np.int64)]] = True
+        return removed
+
+    def attributes(
+        self, removed: NDArray[np.bool_], equations: Sequence[Equation] | None = None
+    ) -> tuple[dict[str, int], list[Equation]]:
+        """New values of module attributes after a cut, and equations between sizes that it breaks."""
+        old = self.recording.sizes.old
+        chosen = self.coupler.equations if equations is None else equations
+        found, wrong = solve(chosen, old, lambda labels: self.count(labels, removed))
+        return {name: n for name, n in found.items() if n != old[name]}, wrong
+
+    def _expanded(self, labels: Array) -> tuple[Array, Array]:
+        key = id(labels)
+        if key not in self._count_pairs:
+            index, leaf, _ = self._leaves.expand(labels)
+            self._count_pairs[key] = (labels, index, leaf)
+        return self._count_pairs[key][1:]
+
+    def _frozen(self) -> dict[int, str]:
+        """Reasons by frozen class; a frozen product freezes its factors."""
+        labels = self.coupler.labels
+        reasons: dict[int, str] = {KEPT: "it meets a dimension that cannot be cut"}
+        flags = np.zeros(labels.count, bool)
+        flags[KEPT] = True
+        frozen = list(labels.frozen)
+        for equation in self.coupler.equations:
+            for side, other in ((equation.left, equation.right), (equation.right, equation.left)):
+                if other[0] == "const" and side[0] in ("count", "dim"):
+                    frozen += [(own, f"its size is written as a number ({equation})") for own in counts_in(side)]
+        pending = [(labels.find(own), reason) for own, reason in frozen]
+        row, factors = self._leaves.row, self._leaves.factors
+        while pending:
+            own, reason = pending.pop(0)
+            new = np.unique(own[~flags[own]])
+            if not len(new):
+                continue
+            flags[new] = True
+            reasons.update(dict.fromkeys(new.tolist(), reason))
+            products = new[row[new] >= 0]
+            if len(products):
+                children = factors[row[products]].reshape(-1)
+                pending.append((children[children >= 0], reason))
+        return reasons
+
+    def _find_groups(self, reasons: dict[int, str]) -> list[Group]:
+        """Leaves that cut the same (tensor, dimension) pairs in the same role make one group."""
+        values = self.recording.values
+        self._where: list[tuple[str, int]] = []
+        columns: list[tuple[Array, Array, Array, Array]] = []
+        for name, value in values.items():
+            for d, own in enumerate(value.labels or []):
+                if own is not None:
+                    index, leaf, path = self._leaves.expand(own)
+                    columns.append((leaf, np.full(len(leaf), len(self._where)), index, path))
+                    self._where.append((name, d))
+        if not columns:
+            self._pairs = _Pairs(*(np.zeros(0, np.int64) for _ in range(4)))
+            return []
+        pairs = _Pairs(*(np.concatenate(c) for c in zip(*columns, strict=True)))
+        self._pairs = pairs
+        role = pairs.where * 4096 + pairs.path
+        _, role = np.unique(role, return_inverse=True)
+        n_roles = int(role.max()) + 1
+        once = np.unique(pairs.leaf * n_roles + role)
+        weights = np.random.default_rng(0).integers(1, 2**62, n_roles).astype(np.uint64)
+        signature = np.zeros(self.coupler.labels.count, np.uint64)
+        np.add.at(signature, once // n_roles, weights[once % n_roles])
+        frozen = np.zeros(self.coupler.labels.count, bool)
+        frozen[list(reasons)] = True
+        signature[frozen] += np.uint64(1)
+        return self._assemble(pairs, role, signature, reasons)
+
+    def _assemble(self, pairs: _Pairs, role: Array, signature: NDArray[np.uint64], reasons: dict[int, str]) -> list[Group]:
+        leaves, first = np.unique(pairs.leaf, return_index=True)
+        leaves = leaves[np.argsort(first, kind="stable")]
+        _, start, inverse = np.unique(signature[leaves], return_index=True, return_inverse=True)
+        rank = np.empty(len(start), np.int64)
+        rank[np.argsort(start)] = np.arange(len(start))
+        group_of_leaf = rank[inverse.reshape(-1)]
+        order = np.argsort(group_of_leaf, kind="stable")
+        sizes = np.bincount(group_of_leaf)
+        unit = np.empty(self.coupler.labels.count, np.int64)
+        group = np.empty(self.coupler.labels.count, np.int64)
+        unit[leaves[order]] = np.arange(len(order)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        group[leaves] = group_of_leaf
+        key = group[pairs.leaf] * (int(role.max()) + 1) + role
+        by_key = np.argsort(key, kind="stable")
+        edges = np.flatnonzero(np.diff(key[by_key])) + 1
+        members: list[list[Member]] = [[] for _ in sizes]
+        for rows in np.split(by_key, edges):
+            tensor, dim = self._where[pairs.where[rows[0]]]
+            members[group[pairs.leaf[rows[0]]]].append(Member(tensor, dim, pairs.index[rows], unit[pairs.leaf[rows]]))
+        marks = self._marks()
+        groups = []
+        for g, own in enumerate(np.split(leaves[order], np.cumsum(sizes)[:-1])):
+            reason = reasons.get(int(own[0])) or ("it has one unit only" if len(own) == 1 else None)
+            groups.append(Group(g, self._kind(own, marks), len(own), own, tuple(members[g]), reason))
+        self._find_siblings(groups, pairs, group)
+        return groups
+
+    def _find_siblings(self, groups: list[Group], pairs: _Pairs, group: Array) -> None:
+        at = pairs.where * (int(pairs.index.max()) + 1) + pairs.index
+        order = np.argsort(at, kind="stable")
+        owner, at = group[pairs.leaf][order], at[order]
+        width = int(np.bincount(np.unique(at, return_inverse=True)[1].reshape(-1)).max())
+        for shift in range(1, width):
+            same = at[shift:] == at[:-shift]
+            couples = np.unique(np.stack([owner[:-shift][same], owner[shift:][same]]), axis=1)
+            for a, b in couples.T.tolist():
+                if a != b:
+                    groups[a].siblings.add(b)
+                    groups[b].siblings.add(a)
+
+    def _marks(self) -> dict[str, NDArray[np.bool_]]:
+        marks = {kind: np.zeros(self.coupler.labels.count, bool) for kind in ("head", "head_dim", "channel", "width")}
+        for own, kind in self.coupler.marks:
+            marks[kind][self._leaves.expand(own)[1]] = True
+        return marks
+
+    def _kind(self, leaves: Array, marks: dict[str, NDArray[np.bool_]]) -> str:
+        return next((kind for kind, flags in marks.items() if flags[leaves].any()), "neuron")
+
+    def _try_groups(self) -> None:
+        """Cut half of each group on paper: where no attribute can make the forward's sizes follow, it cannot be cut."""
+        equations = self.coupler.equations
+        by_group: dict[int, set[int]] = {}
+        by_attribute: dict[str, set[int]] = {}
+        groups_in: list[set[int]] = []
+        for i, e in enumerate(equations):
+            own = {
+                g
+                for side in (e.left, e.right)
+                for a in counts_in(side)
+                for g in np.unique(self._group_of[self._expanded(a)[1]]).tolist()
+            }
+            groups_in.append(own - {-1})
+            for g in own:
+                by_group.setdefault(g, set()).add(i)
+            for side in (e.left, e.right):
+                for name in attributes_in(side):
+                    by_attribute.setdefault(name, set()).add(i)
+        for group in self.groups:
+            if group.reason is None and group.id in by_group and not group.ties:
+                self._try(group, by_group, by_attribute, groups_in)
+
+    def _try(
+        self, group: Group, by_group: dict[int, set[int]], by_attribute: dict[str, set[int]], groups_in: list[set[int]]
+    ) -> None:
+        together = {group.id}
+        equations = self.coupler.equations
+        for _ in range(4):
+            removed = self.flags(
+                {g: range(self.groups[g].units - self.groups[g].units // 2, self.groups[g].units) for g in together}
+            )
+            relevant = set().union(*(by_group.get(g, set()) for g in together))
+            while True:
+                attributes, wrong = self.attributes(removed, [equations[i] for i in sorted(relevant)])
+                more = set().union(*(by_attribute[a] for a in attributes)) - relevant if attributes else set()
+                if not more:
+                    break
+                relevant |= more
+            if not wrong:
+                for g in together:
+                    self.groups[g].ties = together - {g}
+                return
+            index = {id(e): i for i, e in enumerate(equations)}
+            partners = set().union(*(groups_in[index[id(e)]] for e in wrong))
+            joined = together | {g for g in partners if self.groups[g].reason is None and self.groups[g].units == group.units}
+            if joined == together:
+                break
+            together = joined
+        group.reason = f"no attribute of the model can follow: {wrong[0]}"
+
+
+@dataclass(eq=False)
+class _Pairs:
+    """Parallel arrays: index `index` of the dimension number `where` goes when `leaf` goes, which is in role `path` there."""
+
+    leaf: Array
+    where: Array
+    index: Array
+    path: Array
+
+
+class _Leaves:
+    """Products taken apart into leaves."""
+
+    def __init__(self, labels: Labels):
+        self.roots = labels.find(np.arange(labels.count))
+        self.row = np.full(labels.count, -1)
+        width = max((len(s.sizes) for s in labels.splits), default=1)
+        tables = [np.full((0, width), -1)]
+        start = 0
+        for s in labels.splits:
+            table = np.full((len(s.whole), width), -1)
+            for j, column in enumerate(s.columns()):
+                table[:, j] = self.roots[column]
+            whole = self.roots[s.whole]
+            self.row[whole[::-1]] = np.arange(start, start + len(whole))[::-1]
+            tables.append(table)
+            start += len(whole)
+        self.factors = np.concatenate(tables)
+        self.row[KEPT] = -1
+
+    def expand(self, labels: Array) -> tuple[Array, Array, Array]:
+        """``(index, leaf, role)``: position `index` of `labels` goes when any of its leaves goes."""
+        index, own, path = np.arange(len(labels)), self.roots[labels], np.zeros(len(labels), np.int64)
+        done: list[tuple[Array, Array, Array]] = []
+        for _ in range(8):
+            product = self.row[own] >= 0
+            done.append((index[~product], own[~product], path[~product]))
+            if not product.any():
+                break
+            children = self.factors[self.row[own[product]]]
+            column = np.broadcast_to(np.arange(children.shape[1]), children.shape)
+            real = children >= 0
+            index = np.broadcast_to(index[product][:, None], children.shape)[real]
+            path = (path[product][:, None] * 5 + 1 + column)[real]
+            own = children[real]
+        out = tuple(np.concatenate(c) for c in zip(*done, strict=True))
+        keep = out[1] != KEPT
+        return out[0][keep], out[1][keep], out[2][keep]
+
+
+def trace(model: nn.Module, example: Any) -> Graph:
+    """Record one forward of `model` on `example` without computing it, and find what can be cut together.
+
+    `example` is a tensor, a tuple of positional arguments or a mapping of keyword arguments. Raises ModelError where the
+    forward fails.
+
+    >>> graph = trace(model, torch.randn(1, 3, 224, 224))
+    >>> graph.units("channel")[0]
+    """
+    return Graph(model, record(model, example))
+
+
+__all__ = ["KINDS", "Graph", "Group", "Member", "Value", "trace"]

@@ -1,0 +1,305 @@
+"""Run a model's forward once on fake tensors and record every ATen operation, without computing anything."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from secateur.errors import ModelError
+from secateur.graph.labels import Dim
+from secateur.graph.sizes import Sizes
+
+log = logging.getLogger("secateur")
+
+
+@dataclass(eq=False, slots=True)
+class Value:
+    """One tensor of the recorded run. `labels` are filled in by the rules: one entry for each dimension."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    name: str | None = None  #: the parameter or buffer it is
+    constant: Tensor | None = None  #: itself, where it is neither input nor parameter nor computed by a recorded operation
+    buffer: bool = False
+    labels: list[Dim] | None = None
+
+    @property
+    def ndim(self) -> int:
+        """Number of dimensions."""
+        return len(self.shape)
+
+
+@dataclass(eq=False, slots=True)
+class Node:
+    """One recorded operation. `args` and `kwargs` hold a `Value` wherever the call had a tensor."""
+
+    op: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    outputs: list[Value]
+    module: str
+    call: Any = None  #: the Python-level call (`sizes.Call`) inside which it happened
+
+    @property
+    def name(self) -> str:
+        """Name of the operation without overload and without the underscore of in-place ones: ``add_.Tensor`` -> ``add``."""
+        packet = self.op._overloadpacket.__name__
+        return packet.rstrip("_") if not packet.startswith("__") else packet
+
+
+@dataclass
+class ModuleCall:
+    """One call of a module: the tensors that went in and out, and the operations between."""
+
+    module: str
+    inputs: list[Value]
+    outputs: list[Value]
+    first: int
+    last: int
+
+
+@dataclass
+class Recording:
+    """What one forward pass did."""
+
+    nodes: list[Node]
+    inputs: list[Value]
+    outputs: list[Value]
+    values: dict[str, Value]  #: parameters and buffers that were used, by name
+    calls: list[ModuleCall]
+    sizes: Sizes
+    fake: bool
+    notes: list[str] = field(default_factory=list)
+
+
+class Recorder(TorchDispatchMode):
+    """Dispatch mode that writes down operations. Tensors carry their `Value` as an attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.nodes: list[Node] = []
+        self.named: dict[str, Value] = {}
+        self.stack: list[str] = []
+        self.sizes = Sizes(self)
+
+    def value(self, tensor: Tensor) -> Value:
+        """The value that stands for `tensor`; one that nobody made in this run is a constant."""
+        found = getattr(tensor, "_secateur_value", None)
+        if found is None or found[0] is not self:
+            made = Value(tuple(tensor.shape), tensor.dtype, constant=tensor)
+            self.tag(tensor, made)
+            return made
+        return found[1]
+
+    def tag(self, tensor: Tensor, value: Value) -> None:
+        """Let `tensor` stand for `value` from now on."""
+        tensor._secateur_value = (self, value)  # type: ignore[attr-defined]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func.namespace == "prim":  # questions about a tensor, not operations on it
+            return func(*args, **kwargs)
+        seen_args, seen_kwargs = self._values(args), self._values(kwargs)
+        out = func(*args, **kwargs)
+        outputs = []
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, Tensor):
+                value = Value(tuple(tensor.shape), tensor.dtype)
+                self.tag(tensor, value)
+                outputs.append(value)
+            elif isinstance(tensor, list):
+                for t in tensor:
+                    value = Value(tuple(t.shape), t.dtype)
+                    self.tag(t, value)
+                    outputs.append(value)
+        module = self.stack[-1] if self.stack else ""
+        self.nodes.append(Node(func, seen_args, seen_kwargs, outputs, module, self.sizes.current))
+        return out
+
+    def _values(self, x: Any) -> Any:
+        if isinstance(x, Tensor):
+            return self.value(x)
+        if isinstance(x, (tuple, list)):
+            return type(x)(self._values(y) for y in x) if type(x) in (tuple, list) else tuple(self._values(y) for y in x)
+        if isinstance(x, dict):
+            return {k: self._values(v) for k, v in x.items()}
+        return x
+
+
+def record(model: nn.Module, example: Any) -> Recording:
+    """Record one forward pass of `model` on `example`: a tensor, a tuple of positional or a mapping of keyword arguments.
+
+    Runs on fake tensors, so nothing is computed and a model on the meta device will do. A forward that needs values
+    (``.item()``, data-dependent shapes) is run on real tensors instead, and the recording's notes say so. Raises ModelError
+    where the forward itself fails. The model is left exactly as it was.
+    """
+    try:
+        return _record(model, example, fake=True)
+    except Exception as error:
+        if any(p.is_meta for p in model.parameters()):
+            raise ModelError(f"the forward of {type(model).__name__} cannot be traced: {_short(error)}") from error
+        log.info("tracing on real tensors, since fake ones failed: %s", _short(error))
+        note = f"traced on real tensors, since fake ones failed: {_short(error)}"
+    try:
+        recording = _record(model, example, fake=False)
+    except Exception as error:
+        raise ModelError(
+            f"the forward of {type(model).__name__} fails on the example: {_short(error)}. Check the example's shapes and types."
+        ) from error
+    recording.notes.append(note)
+    return recording
+
+
+def arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """How a model is called on an example: tensor or tuple -> positional, mapping -> keyword arguments."""
+    if isinstance(example, Mapping):
+        return (), dict(example)
+    return (tuple(example), {}) if isinstance(example, (tuple, list)) else ((example,), {})
+
+
+def tensors_in(tree: Any) -> list[Tensor]:
+    """All tensors in a model's output, whatever containers it uses (mappings, sequences, dataclasses, plain objects)."""
+    if isinstance(tree, Tensor):
+        return [tree]
+    if isinstance(tree, Mapping):
+        return [t for v in tree.values() for t in tensors_in(v)]
+    if isinstance(tree, (tuple, list)):
+        return [t for v in tree for t in tensors_in(v)]
+    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        return [t for v in vars(tree).values() for t in tensors_in(v)]
+    return []
+
+
+def _short(error: Exception) -> str:
+    text = str(error).strip().split("\n")[0]
+    return f"{type(error).__name__}: {text[:200]}"
+
+
+def _record(model: nn.Module, example: Any, *, fake: bool) -> Recording:
+    mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else None
+    recorder = Recorder()
+    args, kwargs = arguments(example)
+    device = next((t.device for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)), torch.device("cpu"))
+    calls: list[ModuleCall] = []
+    with untouched(model), contextlib.ExitStack() as stack:
+        _substitute(model, recorder, mode, device)
+        args, kwargs = pytree.tree_map_only(Tensor, lambda t: _faked(t, mode, device), (args, kwargs))
+        inputs = []
+        for t in pytree.tree_leaves((args, kwargs)):
+            if isinstance(t, Tensor):
+                inputs.append(Value(tuple(t.shape), t.dtype))
+                recorder.tag(t, inputs[-1])
+        stack.enter_context(_watched(model, recorder, calls))
+        stack.enter_context(_quiet())
+        stack.enter_context(torch.no_grad())
+        if mode is not None:
+            stack.enter_context(mode)
+        stack.enter_context(recorder.sizes.tracking(model))
+        stack.enter_context(recorder)
+        output = model(*args, **kwargs)
+    tensors = tensors_in(output)
+    if not tensors:
+        raise ModelError(f"{type(model).__name__} returned {type(output).__name__}, in which no tensor was found")
+    outputs = [recorder.value(t) for t in tensors]
+    return Recording(recorder.nodes, inputs, outputs, recorder.named, calls, recorder.sizes, fake)
+
+
+def _faked(tensor: Tensor, mode: FakeTensorMode | None, device: torch.device) -> Tensor:
+    if mode is None:
+        return tensor.detach().clone() if not isinstance(tensor, nn.Parameter) else nn.Parameter(tensor.detach(), False)
+    if tensor.is_meta and device.type != "meta":
+        with mode:
+            made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+            return nn.Parameter(made, False) if isinstance(tensor, nn.Parameter) else made
+    return mode.from_tensor(tensor, static_shapes=True)
+
+
+def _substitute(model: nn.Module, recorder: Recorder, mode: FakeTensorMode | None, device: torch.device) -> None:
+    """Put tagged stand-ins in the place of all parameters and buffers."""
+    stand_in: dict[int, Tensor] = {}
+    for path, module in model.named_modules():
+        for table in (module._parameters, module._buffers):
+            for key, tensor in table.items():
+                if tensor is None:
+                    continue
+                if id(tensor) not in stand_in:
+                    made = _faked(tensor, mode, device)
+                    name = f"{path}.{key}" if path else key
+                    recorder.named[name] = Value(tuple(tensor.shape), tensor.dtype, name, buffer=table is module._buffers)
+                    recorder.tag(made, recorder.named[name])
+                    stand_in[id(tensor)] = made
+                table[key] = stand_in[id(tensor)]
+        flat = module.__dict__.get("_flat_weights")
+        if isinstance(flat, list):
+            module.__dict__["_flat_weights"] = [stand_in.get(id(t), t) for t in flat]
+
+
+@contextlib.contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; afterwards every module has the attributes, parameters, buffers and hooks it had."""
+    saved = []
+    for module in model.modules():
+        tables = {k: dict(v) for k, v in vars(module).items() if isinstance(v, dict)}
+        saved.append((module, dict(vars(module)), tables))
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, attributes, tables in saved:
+            vars(module).clear()
+            vars(module).update(attributes)
+            for key, table in tables.items():
+                vars(module)[key].clear()
+                vars(module)[key].update(table)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """What fake tensors cannot do is reported by `record`, once."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _watched(model: nn.Module, recorder: Recorder, calls: list[ModuleCall]) -> Iterator[None]:
+    """Know at every operation in which module it happens."""
+    names: dict[nn.Module, str] = {}
+    for name, module in model.named_modules():
+        names.setdefault(module, name)
+    open_calls: list[ModuleCall] = []
+
+    def before(module: nn.Module, args: Any, kwargs: Any = None) -> None:
+        name = names.get(module, recorder.stack[-1] if recorder.stack else "")
+        recorder.stack.append(name)
+        inputs = [recorder.value(t) for t in tensors_in((args, kwargs or {}))]
+        open_calls.append(ModuleCall(name, inputs, [], len(recorder.nodes), -1))
+
+    def after(module: nn.Module, args: Any, output: Any) -> None:
+        recorder.stack.pop()
+        call = open_calls.pop()
+        call.outputs = [recorder.value(t) for t in tensors_in(output)]
+        call.last = len(recorder.nodes)
+        calls.append(call)
+
+    pre = nn.modules.module.register_module_forward_pre_hook(before)
+    post = nn.modules.module.register_module_forward_hook(after)
+    try:
+        yield
+    finally:
+        pre.remove()
+        post.remove()

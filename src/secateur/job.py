@@ -1,0 +1,110 @@
+"""What a recipe means for one model and its data: every name looked up, every layer found, nothing computed yet."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import nn
+
+from secateur.data.batches import Batch, Batches, Loss
+from secateur.errors import LayerError, RecipeError
+from secateur.layers import Layer, check_finite, find_layers
+from secateur.recipe import Recipe
+from secateur.schedules import make_schedule
+from secateur.selection import Method, fitting, resolve, target_sparsity
+from secateur.stats import Calibration, collect
+from secateur.types import Schedule
+
+
+@dataclass(frozen=True)
+class Job:
+    """A recipe resolved for one model. `train` is what to fine-tune on, `example` what to run the model on."""
+
+    recipe: Recipe
+    method: Method
+    sparsity: float
+    schedule: Schedule
+    layers: dict[str, Layer]
+    skipped: dict[str, str]
+    batches: Batches | None
+    train: Batches | None
+    loss: Loss | None
+    example: Batch | None
+
+    def statistics(self, model: nn.Module) -> Calibration:
+        """What the method's criterion and solver need to know of `model`, of which `layers` must be."""
+        return collect(
+            model,
+            self.layers,
+            self.method.needs,
+            batches=self.batches,
+            loss=self.loss,
+            seed=self.recipe.seed,
+            example=self.example,
+        )
+
+
+def prepare(
+    model: nn.Module,
+    recipe: Recipe,
+    *,
+    data: Iterable[Batch] | None = None,
+    train: Iterable[Batch] | None = None,
+    loss: Loss | None = None,
+    example: Batch | None = None,
+) -> Job:
+    """Resolve `recipe` for `model`. Whatever is wrong with it is said here, before any work is done.
+
+    Raises RecipeError, UnknownName, LayerError, NonFiniteError or DataError.
+    """
+    method = resolve(
+        criterion=recipe.criterion,
+        pattern=recipe.pattern,
+        allocation=recipe.allocation,
+        reduction=recipe.reduction,
+        solver=recipe.solver,
+    )
+    sparsity = target_sparsity(recipe.sparsity, method.pattern)
+    found, skipped = find_layers(model, layers=recipe.layers, ignore=recipe.ignore)
+    layers, refused = fitting(found, method.pattern)
+    _check_layers(recipe, method, layers, skipped, refused)
+    check_finite(layers.values())
+    batches = None if data is None else Batches(data)
+    training = batches if train is None else Batches(train)
+    _check_data(recipe, method, batches, training)
+    if example is None and batches is not None:
+        example = next(iter(batches))
+    skipped = {**skipped, **refused}
+    return Job(recipe, method, sparsity, _schedule(recipe), layers, skipped, batches, training, loss, example)
+
+
+def _check_layers(
+    recipe: Recipe, method: Method, layers: dict[str, Layer], skipped: dict[str, str], refused: dict[str, str]
+) -> None:
+    if refused and recipe.layers is not None:
+        name, why = next(iter(refused.items()))
+        raise LayerError(f"the layer {name!r} was asked for, but cannot have pattern {method.pattern.name}: {why}")
+    if not layers:
+        reasons = "; ".join(f"{n}: {r}" for n, r in list({**skipped, **refused}.items())[:5])
+        raise LayerError(f"there is nothing to prune. {reasons or 'The model has no linear, convolution or recurrent layer'}.")
+
+
+def _check_data(recipe: Recipe, method: Method, batches: Batches | None, train: Batches | None) -> None:
+    if recipe.finetune is not None and train is None:
+        raise RecipeError("finetune needs batches to train on: pass train= (or data=)")
+    if batches is not None:
+        return
+    if needed := sorted(n.value for n in method.needs if n.data):
+        raise RecipeError(f"criterion {method.criterion_name!r} needs {', '.join(needed)}: pass data=, an iterable of batches")
+    if recipe.reestimate_norms:
+        raise RecipeError("reestimate_norms needs calibration batches: pass data=")
+
+
+def _schedule(recipe: Recipe) -> Schedule:
+    name = recipe.schedule if isinstance(recipe.schedule, str) else recipe.schedule.get("name")
+    if name == "one-shot" and recipe.steps > 1:
+        raise RecipeError(
+            f"schedule 'one-shot' has one step, steps={recipe.steps}. Use schedule='iterative', 'cubic' or 'exponential'."
+        )
+    return make_schedule(recipe.schedule)

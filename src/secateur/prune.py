@@ -1,0 +1,237 @@
+"""The procedure: recipe + model + data -> Result. It calls the pieces in order and does no arithmetic of its own."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from secateur.data.batches import Batch, Loss
+from secateur.export.artifact import check_target, save
+from secateur.job import Job, prepare
+from secateur.layers import find_layers
+from secateur.measure.measure import measure
+from secateur.measure.quality import Evaluate, qualities
+from secateur.progress import advance
+from secateur.recipe import Recipe
+from secateur.repair import reestimate_norms
+from secateur.report.build import environment, layer_report
+from secateur.report.html import render
+from secateur.resume import Progress
+from secateur.selection import choose, solve
+from secateur.train.finetune import finetune
+from secateur.types import LayerPlan, MaskSet, Measurement, Plan, Point, Report, Result
+
+log = logging.getLogger("secateur")
+RecipeLike = Recipe | Mapping[str, Any] | str | Path | None
+
+
+def prune(
+    model: nn.Module,
+    recipe: RecipeLike = None,
+    *,
+    data: Iterable[Batch] | None = None,
+    train: Iterable[Batch] | None = None,
+    loss: Loss | None = None,
+    evaluate: Evaluate | None = None,
+    example: Batch | None = None,
+    out: str | Path | None = None,
+    overwrite: bool = False,
+    inplace: bool = False,
+    source: str | None = None,
+    before: Measurement | None = None,
+    **changes: Any,
+) -> Result:
+    """Prune a trained model, repair it, and measure what that cost and won.
+
+    Args:
+        model: any module. It is left untouched unless `inplace`.
+        recipe: a `Recipe`, a mapping, or the path of a TOML or JSON file.
+        data: calibration batches, needed by criteria that look at gradients or activations and to re-estimate norms.
+        train: batches to fine-tune on, where the recipe asks for it; `data` by default.
+        loss: ``loss(model, batch) -> scalar``; the model's own or cross-entropy by default.
+        evaluate: ``evaluate(model) -> float`` or a dict of floats, run before and after.
+        example: a batch to count multiply-adds and to time; the first of `data` by default.
+        out: directory for the artifact: weights, masks, recipe and report.
+        overwrite: replace `out` where it exists.
+        source: where the model came from, recorded in the artifact so that `sc.load` can rebuild it.
+        before: the measurement of the dense model, where it was made already (``report.before`` of another run).
+        changes: any key of the recipe, laid over it: ``sparsity=0.9, criterion="taylor", pattern="2:4", ...``.
+
+    Returns:
+        Result with `model`, `masks`, `plan` and `report`.
+
+    Raises:
+        RecipeError, DataError, LayerError, NonFiniteError, ArtifactError: each says what, where and what to do. Nothing is
+            written and the model is as before.
+
+    Example:
+        >>> import torch, secateur as sc
+        >>> result = sc.prune(torch.nn.Linear(8, 8), sparsity=0.5)
+        >>> result.masks.sparsity()
+        0.5
+    """
+    started = time.monotonic()
+    job = prepare(model, Recipe.make(recipe, **changes), data=data, train=train, loss=loss, example=example)
+    if out is not None:
+        check_target(out, overwrite=overwrite)
+    if before is None:
+        before = measure(model, job.example, evaluate=evaluate)
+    progress = Progress(out, job.recipe.to_toml(), model) if out is not None and _is_long(job) else None
+    original = {n: _weight(model, n).clone() if inplace else _weight(model, n) for n in job.layers}
+    pruned = model if inplace else copy.deepcopy(model)
+    job = replace(job, layers=find_layers(pruned, layers=list(job.layers))[0])
+    masks, points, notes = _run(job, pruned, evaluate, before, progress)
+    after = measure(pruned, job.example, evaluate=evaluate)
+    report = _report(job, pruned, original, masks, before, after, points, notes, time.monotonic() - started)
+    result = Result(pruned, masks, _plan(job, masks), report)
+    if out is not None:
+        _save(result, job.recipe, out, overwrite, source)
+    if progress is not None:
+        progress.clear()
+    return result
+
+
+def plan(
+    model: nn.Module,
+    recipe: RecipeLike = None,
+    *,
+    data: Iterable[Batch] | None = None,
+    loss: Loss | None = None,
+    example: Batch | None = None,
+    **changes: Any,
+) -> Plan:
+    """Dry run: how much every layer would lose, and which layers are left alone and why. The model is not touched.
+
+    Of a recipe with several steps this is the first choice at the final sparsity.
+
+    Example:
+        >>> import torch, secateur as sc
+        >>> sc.plan(torch.nn.Linear(8, 8), sparsity=0.5).layers[0].kept
+        32
+    """
+    job = prepare(model, Recipe.make(recipe, **changes), data=data, train=data, loss=loss, example=example)
+    masks = choose(job.layers, job.statistics(model).layers, sparsity=job.sparsity, method=job.method)
+    return _plan(job, masks)
+
+
+def _is_long(job: Job) -> bool:
+    """Whether a run that is stopped would lose enough to be worth its state on disk."""
+    return job.recipe.finetune is not None or (job.recipe.steps > 1 and job.batches is not None)
+
+
+def _run(
+    job: Job, model: nn.Module, evaluate: Evaluate | None, before: Measurement, progress: Progress | None
+) -> tuple[MaskSet, list[Point], list[str]]:
+    """All pruning steps on `model` in place, going on where a run that was stopped left off."""
+    done, masks, points = (0, None, []) if progress is None else progress.restore(model)
+    if before.quality and not points:
+        points = [_point(job, 0.0, before.quality)]
+    notes: list[str] = []
+    steps = job.recipe.steps
+    for step in range(done, steps):
+        advance("prune", step, steps)
+        masks, said = _step(job, model, step, masks, progress)
+        notes += [n for n in said if n not in notes]
+        if evaluate is not None and job.recipe.finetune is not None and step + 1 < steps:
+            points.append(_point(job, masks.sparsity(), qualities(evaluate, model)))
+        if progress is not None:
+            progress.save(step + 1, model, masks, points)
+    advance("prune", steps, steps)
+    assert masks is not None
+    return masks, points, notes
+
+
+def _step(
+    job: Job, model: nn.Module, step: int, masks: MaskSet | None, progress: Progress | None
+) -> tuple[MaskSet, tuple[str, ...]]:
+    """One pruning step: statistics, masks and weights, repair, training."""
+    target = job.schedule((step + 1) / job.recipe.steps, job.sparsity)
+    calibration = job.statistics(model)
+    masks = solve(job.layers, calibration.layers, sparsity=target, method=job.method, previous=masks)
+    if job.recipe.reestimate_norms and job.batches is not None:
+        reestimate_norms(model, job.batches)
+    if job.recipe.finetune is not None and job.train is not None:
+        settings = job.recipe.finetune.model_dump()
+        checkpoint = None if progress is None else progress.training
+        finetune(model, job.train, masks=masks, loss=job.loss, seed=job.recipe.seed + step, checkpoint=checkpoint, **settings)
+    return masks, calibration.notes
+
+
+def _weight(model: nn.Module, name: str) -> torch.Tensor:
+    return model.get_parameter(name).detach()
+
+
+def _point(job: Job, sparsity: float, quality: Mapping[str, float]) -> Point:
+    return Point(f"{job.method.criterion_name}, {job.method.pattern.name}", sparsity, next(iter(quality.values())))
+
+
+def _plan(job: Job, masks: MaskSet) -> Plan:
+    layers = tuple(
+        LayerPlan(n, tuple(m.shape), m.numel(), int(m.count_nonzero()), job.method.pattern.name)
+        for n, m in masks.items()
+        if n in job.layers
+    )
+    return Plan(layers, (), job.skipped)
+
+
+def _report(
+    job: Job,
+    pruned: nn.Module,
+    original: Mapping[str, torch.Tensor],
+    masks: MaskSet,
+    before: Measurement,
+    after: Measurement,
+    points: list[Point],
+    notes: list[str],
+    seconds: float,
+) -> Report:
+    pattern = job.method.pattern.name
+    layers = tuple(layer_report(n, original[n], masks[n], pattern, weight_after=_weight(pruned, n)) for n in job.layers)
+    collapsed = [layer.name for layer in layers if layer.kept == 0]
+    if collapsed:
+        notes = [*notes, f"these layers lost every weight and pass nothing on: {', '.join(collapsed)}"]
+        log.warning("%s", notes[-1])
+    metric = next(iter(after.quality), None)
+    if metric is not None:
+        points = [*points, _point(job, masks.sparsity(), after.quality)]
+    return Report(
+        title=_title(job),
+        before=before,
+        after=after,
+        metric=metric,
+        layers=layers,
+        skipped=job.skipped,
+        notes=tuple(notes),
+        points=tuple(points),
+        recipe=job.recipe.to_toml(),
+        environment=environment(seed=job.recipe.seed),
+        seconds=seconds,
+    )
+
+
+def _title(job: Job) -> str:
+    """``magnitude 90% element``, or ``magnitude 2:4`` where the pattern says how much."""
+    share = "" if job.method.pattern.sparsity is not None else f"{100 * job.sparsity:.4g}% "
+    return f"{job.method.criterion_name} {share}{job.method.pattern.name}"
+
+
+def _save(result: Result, recipe: Recipe, out: str | Path, overwrite: bool, source: str | None) -> None:
+    save(
+        result.model,
+        out,
+        masks=result.masks,
+        plan=result.plan,
+        report=result.report,
+        recipe=recipe.to_toml(),
+        source=source,
+        overwrite=overwrite,
+        extra_files={"report.html": render(result.report)},
+    )

@@ -1,0 +1,57 @@
+"""Runs of several steps that were stopped: their state lies beside the output directory until the run is finished."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from secateur.measure.cache import fingerprint
+from secateur.train.checkpoint import load_state, save_state
+from secateur.types import MaskSet, Point
+
+log = logging.getLogger("secateur")
+
+
+class Progress:
+    """The finished steps of one run. A run is known by its recipe and the bits of the model it started from.
+
+    Data is not part of it: a run that is resumed must be given the same data, as far as results shall be the same.
+    """
+
+    def __init__(self, out: str | Path, recipe: str, model: nn.Module):
+        path = Path(out).absolute()
+        self._folder = path.with_name(f".{path.name}.progress")
+        self._key = fingerprint(recipe, model)
+
+    @property
+    def training(self) -> Path:
+        """Checkpoint of the fine-tuning in hand."""
+        return self._folder / "training.safetensors"
+
+    def restore(self, model: nn.Module) -> tuple[int, MaskSet | None, list[Point]]:
+        """Steps done, masks and points so far; the weights go into `model`. All zero where there is nothing to resume."""
+        file = self._folder / "step.safetensors"
+        if not file.exists():
+            return 0, None, []
+        state = load_state(file)
+        if state["key"] != self._key:
+            log.warning("%s is of another model or recipe: starting anew", self._folder)
+            self.clear()
+            return 0, None, []
+        model.load_state_dict(state["model"])
+        log.warning("resuming after step %d", state["step"])
+        return state["step"], MaskSet(state["masks"]), [Point(**p) for p in state["points"]]
+
+    def save(self, step: int, model: nn.Module, masks: MaskSet, points: list[Point]) -> None:
+        """Keep the state after `step` steps; the training of the next step starts afresh."""
+        state: dict[str, Any] = {"key": self._key, "step": step, "model": dict(model.state_dict()), "masks": dict(masks)}
+        save_state(self._folder / "step.safetensors", {**state, "points": [vars(p) for p in points]})
+        self.training.unlink(missing_ok=True)
+
+    def clear(self) -> None:
+        """The run is finished: remove its state."""
+        shutil.rmtree(self._folder, ignore_errors=True)

@@ -1,0 +1,1 @@
+"""Formats in which sparse weights are kept, and the kernels that make them fast."""
