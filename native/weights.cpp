@@ -234,8 +234,10 @@ Buffer pack_bits(const float* weight, int64_t rows, int64_t cols, ValueType type
         float step = 1.f;
         if (type == ValueType::int8) {
             float most = 0.f;
-            for (int64_t c = 0; c < cols; ++c) most = std::max(most, std::fabs(row[c]));
-            if (!std::isfinite(most)) throw std::invalid_argument("row " + std::to_string(r) + " has values that are not finite: int8 cannot hold them");
+            for (int64_t c = 0; c < cols; ++c) {
+                if (!std::isfinite(row[c])) throw std::invalid_argument("row " + std::to_string(r) + " has values that are not finite: int8 cannot hold them");
+                most = std::max(most, std::fabs(row[c]));
+            }
             scale[r] = step = most > 0.f ? most / 127.f : 1.f;
         }
         for (int64_t c = 0; c < cols; ++c) {

@@ -64,7 +64,8 @@ def deploy(
         fast = copy.deepcopy(dense)
         inputs = _inputs(fast, example)
         choices = tuple(
-            _choose(fast, name, module, inputs.get(module), tried, seconds) for name, module in track(_layers(fast), "timing layers")
+            _choose(fast, name, module, inputs.get(module), tried, seconds)
+            for name, module in track(_layers(fast), "timing layers")
         )
         return _finish(dense, fast, example, reference, Summary(choices, 0.0, 0.0, 1.0, 0.0, used, tuple(folded)), seconds)
 
@@ -137,7 +138,9 @@ def _common(refusals: dict[str, str | None]) -> str:
     return "; ".join(f"{', '.join(keys)}: {reason}" for reason, keys in by_reason.items())
 
 
-def _finish(dense: nn.Module, fast: nn.Module, example: Batch, reference: Tensor, summary: Summary, seconds: float) -> nn.Module:
+def _finish(
+    dense: nn.Module, fast: nn.Module, example: Batch, reference: Tensor, summary: Summary, seconds: float
+) -> nn.Module:
     """Check the outputs, time the whole, and give back whichever model is faster."""
     error = relative_error(output_tensor(forward(fast, example)), reference)
     if not error <= _TOLERANCE:

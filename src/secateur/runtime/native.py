@@ -120,7 +120,9 @@ def unpack_bits(bits: Tensor, shape: Sequence[int]) -> Tensor:
     return weight
 
 
-def linear(x: Tensor, program: Tensor, bias: Tensor | None, shape: tuple[int, int], activation: int = 0, isa: str = "") -> Tensor:
+def linear(
+    x: Tensor, program: Tensor, bias: Tensor | None, shape: tuple[int, int], activation: int = 0, isa: str = ""
+) -> Tensor:
     """``activation(x [..., in] @ W.T + bias) -> [..., out]`` for a program of W ``[out, in]`` with one group."""
     return _rows(extension().linear, x, program, bias, shape, activation, isa)
 
@@ -146,7 +148,9 @@ def conv2d(
     out, channels = shape
     _check(x, bias, out)
     if x.dim() != 4 or x.shape[1] != channels:
-        raise LayerError(f"a sparse convolution of {channels} channels takes [batch, {channels}, height, width], got {list(x.shape)}")
+        raise LayerError(
+            f"a sparse convolution of {channels} channels takes [batch, {channels}, height, width], got {list(x.shape)}"
+        )
     x = x.contiguous()
     height, width = geometry.output(x.shape[2], x.shape[3])
     if height < 1 or width < 1:
@@ -182,7 +186,9 @@ def _rows(
 
 def _check(x: Tensor, bias: Tensor | None, out: int) -> None:
     if x.dtype != torch.float32 or x.device.type != "cpu":
-        raise LayerError(f"sparse CPU kernels take float32 activations on the CPU, got {x.dtype} on {x.device}: convert them first")
+        raise LayerError(
+            f"sparse CPU kernels take float32 activations on the CPU, got {x.dtype} on {x.device}: convert them first"
+        )
     if x.requires_grad and torch.is_grad_enabled():
         raise LayerError("sparse kernels have no gradient. Run the model under torch.inference_mode() or torch.no_grad().")
     if bias is not None and (bias.dtype != torch.float32 or bias.shape != (out,) or not bias.is_contiguous()):

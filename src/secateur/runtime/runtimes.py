@@ -76,7 +76,11 @@ class BitmaskRuntime:
         if not isinstance(module, nn.Linear):
             return "the bitmask kernel serves linear layers only"
         rows = example.shape[:-1].numel()
-        return f"{rows} rows of activations: with more than {_FEW_ROWS} reading the weight is no bottleneck" if rows > _FEW_ROWS else None
+        return (
+            f"{rows} rows of activations: with more than {_FEW_ROWS} reading the weight is no bottleneck"
+            if rows > _FEW_ROWS
+            else None
+        )
 
     def convert(self, module: nn.Module) -> nn.Module:
         """A `SparseLinear` with the bitmask kernel."""
@@ -84,7 +88,9 @@ class BitmaskRuntime:
         return SparseLinear.from_dense(module.weight, module.bias, kernel="bitmask", values=self.values)
 
 
-@RUNTIMES.register("panel", source="own kernels; panels after Goto and van de Geijn 2008, Anatomy of High-Performance Matrix Multiplication")
+@RUNTIMES.register(
+    "panel", source="own kernels; panels after Goto and van de Geijn 2008, Anatomy of High-Performance Matrix Multiplication"
+)
 def panel() -> PanelRuntime:
     """Unstructured zeros on CPUs: linear layers and convolutions of many rows or pixels."""
     return PanelRuntime()

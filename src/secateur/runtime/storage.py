@@ -34,7 +34,9 @@ def save(model: nn.Module, path: str | Path) -> None:
     state: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():
         if tensor.layout != torch.strided or type(tensor) not in (Tensor, nn.Parameter):
-            raise ArtifactError(f"{name!r} is a {type(tensor).__name__}, which only its own device can read; save the dense model")
+            raise ArtifactError(
+                f"{name!r} is a {type(tensor).__name__}, which only its own device can read; save the dense model"
+            )
         state[name] = tensor.detach().contiguous().clone()
     facts = json.dumps({"version": _VERSION, "layers": layers, "folded": folded})
     temporary = path.with_name(path.name + ".partial")

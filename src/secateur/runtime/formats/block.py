@@ -40,7 +40,12 @@ def from_blocks(blocks: Blocks) -> Tensor:
     rows, cols = blocks.values.shape[1:]
     tall, wide = blocks.shape[0] // rows, blocks.shape[1] // cols
     counts = blocks.indptr.diff()
-    if len(counts) != tall or bool((counts < 0).any()) or int(blocks.indptr[0]) or int(blocks.indptr[-1]) != len(blocks.indices):
+    if (
+        len(counts) != tall
+        or bool((counts < 0).any())
+        or int(blocks.indptr[0])
+        or int(blocks.indptr[-1]) != len(blocks.indices)
+    ):
         raise LayerError(f"block pointers of {tall} rows of tiles must rise from 0 to the {len(blocks.indices)} tiles stored")
     if len(blocks.indices) and not 0 <= int(blocks.indices.min()) <= int(blocks.indices.max()) < wide:
         raise LayerError(f"block columns must be in [0, {wide})")
