@@ -65,15 +65,17 @@ def fold(layer: nn.Module, norm: nn.Module) -> None:
 
     ``W' = W * gamma / sqrt(var + eps)``, ``b' = (b - mean) * gamma / sqrt(var + eps) + beta``.
     """
-    mean, var = norm.running_mean.double(), norm.running_var.double()  # type: ignore[union-attr,operator]
-    gamma = torch.ones_like(mean) if norm.weight is None else norm.weight.double()  # type: ignore[union-attr,operator]
-    beta = torch.zeros_like(mean) if norm.bias is None else norm.bias.double()  # type: ignore[union-attr,operator]
-    weight: Tensor = layer.weight  # type: ignore[assignment]
-    bias = torch.zeros_like(mean) if layer.bias is None else layer.bias.double()  # type: ignore[union-attr,operator]
-    scale = gamma / torch.sqrt(var + norm.eps)  # type: ignore[operator]
+    n: Any = norm
+    dense: Any = layer
+    mean, var = n.running_mean.double(), n.running_var.double()
+    gamma = torch.ones_like(mean) if n.weight is None else n.weight.double()
+    beta = torch.zeros_like(mean) if n.bias is None else n.bias.double()
+    bias = torch.zeros_like(mean) if dense.bias is None else dense.bias.double()
+    weight: Tensor = dense.weight
+    scale = gamma / torch.sqrt(var + n.eps)
     folded = (weight.double() * scale.reshape(-1, *[1] * (weight.dim() - 1))).to(weight.dtype)
-    layer.weight = nn.Parameter(folded, requires_grad=False)
-    layer.bias = nn.Parameter(((bias - mean) * scale + beta).to(weight.dtype), requires_grad=False)
+    dense.weight = nn.Parameter(folded, requires_grad=False)
+    dense.bias = nn.Parameter(((bias - mean) * scale + beta).to(weight.dtype), requires_grad=False)
 
 
 def replace(model: nn.Module, old: nn.Module, new: nn.Module) -> list[str]:

@@ -5,6 +5,7 @@ The extension `secateur._native` is optional: `missing` says why it is absent. P
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import NamedTuple
@@ -15,11 +16,10 @@ from torch import Tensor
 from secateur.errors import LayerError, SecateurError
 
 _REASON: str | None = None
-_extension: ModuleType | None
+_extension: ModuleType | None = None
 try:
-    from secateur import _native as _extension
+    _extension = importlib.import_module("secateur._native")
 except ImportError as error:
-    _extension = None
     _REASON = f"the compiled kernels are not installed ({error}). Reinstall secateur where a C++20 compiler is at hand."
 
 ACTIVATIONS = ("none", "relu", "gelu", "silu")

@@ -88,9 +88,7 @@ class BitmaskRuntime:
         return SparseLinear.from_dense(module.weight, module.bias, kernel="bitmask", values=self.values)
 
 
-@RUNTIMES.register(
-    "panel", source="own kernels; panels after Goto and van de Geijn 2008, Anatomy of High-Performance Matrix Multiplication"
-)
+@RUNTIMES.register("panel", source="panels: Goto and van de Geijn 2008, Anatomy of High-Performance Matrix Multiplication")
 def panel() -> PanelRuntime:
     """Unstructured zeros on CPUs: linear layers and convolutions of many rows or pixels."""
     return PanelRuntime()
@@ -127,7 +125,8 @@ def _unfit(module: nn.Module, example: Tensor) -> str | None:
     if type(module) not in (nn.Linear, nn.Conv2d):
         return f"the CPU kernels serve linear layers and two-dimensional convolutions, not {type(module).__name__}"
     if example.device.type != "cpu" or example.dtype != torch.float32 or module.weight.dtype != torch.float32:
-        return f"the CPU kernels take float32 on the CPU, not {example.dtype} with {module.weight.dtype} weights on {example.device}"
+        dtypes = f"{module.weight.dtype} weights and {example.dtype} activations"
+        return f"the CPU kernels take float32 on the CPU, not {dtypes} on {example.device}"
     if isinstance(module, nn.Conv2d):
         if module.padding_mode != "zeros":
             return f"it pads with {module.padding_mode!r}, the kernels with zeros"
