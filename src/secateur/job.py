@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from torch import nn
@@ -14,7 +14,7 @@ from secateur.recipe import Recipe
 from secateur.schedules import make_schedule
 from secateur.selection import Method, fitting, resolve, target_sparsity
 from secateur.stats import Calibration, collect
-from secateur.types import Schedule
+from secateur.types import Need, Schedule
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,11 @@ class Job:
     train: Batches | None
     loss: Loss | None
     example: Batch | None
+
+    @property
+    def pattern_name(self) -> str:
+        """As users write it."""
+        return self.method.pattern.name
 
     def statistics(self, model: nn.Module) -> Calibration:
         """What the method's criterion and solver need to know of `model`, of which `layers` must be."""
@@ -72,7 +77,7 @@ def prepare(
     check_finite(layers.values())
     batches = None if data is None else Batches(data)
     training = batches if train is None else Batches(train)
-    _check_data(recipe, method, batches, training)
+    check_data(recipe, method.criterion_name, method.needs, batches, training)
     if example is None and batches is not None:
         example = next(iter(batches))
     skipped = {**skipped, **refused}
@@ -90,13 +95,14 @@ def _check_layers(
         raise LayerError(f"there is nothing to prune. {reasons or 'The model has no linear, convolution or recurrent layer'}.")
 
 
-def _check_data(recipe: Recipe, method: Method, batches: Batches | None, train: Batches | None) -> None:
+def check_data(recipe: Recipe, criterion: str, needs: Collection[Need], batches: Batches | None, train: Batches | None) -> None:
+    """Raise RecipeError where the recipe needs batches that were not given."""
     if recipe.finetune is not None and train is None:
         raise RecipeError("finetune needs batches to train on: pass train= (or data=)")
     if batches is not None:
         return
-    if needed := sorted(n.value for n in method.needs if n.data):
-        raise RecipeError(f"criterion {method.criterion_name!r} needs {', '.join(needed)}: pass data=, an iterable of batches")
+    if needed := sorted(n.value for n in needs if n.data):
+        raise RecipeError(f"criterion {criterion!r} needs {', '.join(needed)}: pass data=, an iterable of batches")
     if recipe.reestimate_norms:
         raise RecipeError("reestimate_norms needs calibration batches: pass data=")
 

@@ -6,7 +6,7 @@ import copy
 import logging
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from secateur.job import Job, prepare
 from secateur.layers import find_layers
 from secateur.measure.measure import measure
 from secateur.measure.quality import Evaluate, qualities
+from secateur.patterns import Units, make_pattern
 from secateur.progress import advance
 from secateur.recipe import Recipe
 from secateur.repair import reestimate_norms
@@ -26,6 +27,7 @@ from secateur.report.build import environment, layer_report
 from secateur.report.html import render
 from secateur.resume import Progress
 from secateur.selection import choose, solve
+from secateur.structured import UnitJob, choose_units, cut_units, prepare_units
 from secateur.train.finetune import finetune
 from secateur.types import LayerPlan, MaskSet, Measurement, Plan, Point, Report, Result
 
@@ -79,21 +81,24 @@ def prune(
         0.5
     """
     started = time.monotonic()
-    job = prepare(model, Recipe.make(recipe, **changes), data=data, train=train, loss=loss, example=example)
+    wanted = Recipe.make(recipe, **changes)
+    units = make_pattern(wanted.pattern)
+    if isinstance(units, Units):
+        job: Job | UnitJob = prepare_units(model, wanted, units, data=data, train=train, loss=loss, example=example)
+    else:
+        job = prepare(model, wanted, data=data, train=train, loss=loss, example=example)
     if out is not None:
         check_target(out, overwrite=overwrite)
     if before is None:
         before = measure(model, job.example, evaluate=evaluate)
-    progress = Progress(out, job.recipe.to_toml(), model) if out is not None and _is_long(job) else None
-    original = {n: _weight(model, n).clone() if inplace else _weight(model, n) for n in job.layers}
-    pruned = model if inplace else copy.deepcopy(model)
-    job = replace(job, layers=find_layers(pruned, layers=list(job.layers))[0])
-    masks, points, notes = _run(job, pruned, evaluate, before, progress)
-    after = measure(pruned, job.example, evaluate=evaluate)
-    report = _report(job, pruned, original, masks, before, after, points, notes, time.monotonic() - started)
-    result = Result(pruned, masks, _plan(job, masks), report)
+    original = {n: p.detach().clone() if inplace else p.detach() for n, p in model.named_parameters()}
+    progress = Progress(out, wanted.to_toml(), model) if out is not None and _is_long(job) else None
+    outcome = _carry_out(job, model, evaluate, before, progress, inplace)
+    after = measure(outcome.model, job.example, evaluate=evaluate)
+    report = _report(job, outcome, original, before, after, time.monotonic() - started)
+    result = Result(outcome.model, outcome.masks, outcome.plan, report)
     if out is not None:
-        _save(result, job.recipe, out, overwrite, source)
+        _save(result, wanted, out, overwrite, source)
     if progress is not None:
         progress.clear()
     return result
@@ -117,23 +122,56 @@ def plan(
         >>> sc.plan(torch.nn.Linear(8, 8), sparsity=0.5).layers[0].kept
         32
     """
-    job = prepare(model, Recipe.make(recipe, **changes), data=data, train=data, loss=loss, example=example)
+    wanted = Recipe.make(recipe, **changes)
+    units = make_pattern(wanted.pattern)
+    if isinstance(units, Units):
+        return choose_units(model, prepare_units(model, wanted, units, data=data, train=data, loss=loss, example=example)).plan
+    job = prepare(model, wanted, data=data, train=data, loss=loss, example=example)
     masks = choose(job.layers, job.statistics(model).layers, sparsity=job.sparsity, method=job.method)
     return _plan(job, masks)
 
 
-def _is_long(job: Job) -> bool:
+@dataclass(frozen=True)
+class _Outcome:
+    """The pruned model and what was done to it."""
+
+    model: nn.Module
+    masks: MaskSet
+    plan: Plan
+    points: list[Point]
+    notes: list[str]
+
+
+def _is_long(job: Job | UnitJob) -> bool:
     """Whether a run that is stopped would lose enough to be worth its state on disk."""
     return job.recipe.finetune is not None or (job.recipe.steps > 1 and job.batches is not None)
 
 
-def _run(
-    job: Job, model: nn.Module, evaluate: Evaluate | None, before: Measurement, progress: Progress | None
+def _carry_out(
+    job: Job | UnitJob,
+    model: nn.Module,
+    evaluate: Evaluate | None,
+    before: Measurement,
+    progress: Progress | None,
+    inplace: bool,
+) -> _Outcome:
+    points = [_point(job, 0.0, before.quality)] if before.quality else []
+    if isinstance(job, UnitJob):
+        cut = cut_units(model, job, inplace=inplace)
+        _repair(job, cut.model, 0, None, progress)
+        return _Outcome(cut.model, cut.masks, cut.plan, points, list(cut.notes))
+    pruned = model if inplace else copy.deepcopy(model)
+    job = replace(job, layers=find_layers(pruned, layers=list(job.layers))[0])
+    masks, points, notes = _steps(job, pruned, evaluate, points, progress)
+    return _Outcome(pruned, masks, _plan(job, masks), points, notes)
+
+
+def _steps(
+    job: Job, model: nn.Module, evaluate: Evaluate | None, points: list[Point], progress: Progress | None
 ) -> tuple[MaskSet, list[Point], list[str]]:
     """All pruning steps on `model` in place, going on where a run that was stopped left off."""
-    done, masks, points = (0, None, []) if progress is None else progress.restore(model)
-    if before.quality and not points:
-        points = [_point(job, 0.0, before.quality)]
+    done, masks, earlier = (0, None, []) if progress is None else progress.restore(model)
+    points = earlier or points
     notes: list[str] = []
     steps = job.recipe.steps
     for step in range(done, steps):
@@ -156,21 +194,22 @@ def _step(
     target = job.schedule((step + 1) / job.recipe.steps, job.sparsity)
     calibration = job.statistics(model)
     masks = solve(job.layers, calibration.layers, sparsity=target, method=job.method, previous=masks)
+    _repair(job, model, step, masks, progress)
+    return masks, calibration.notes
+
+
+def _repair(job: Job | UnitJob, model: nn.Module, step: int, masks: MaskSet | None, progress: Progress | None) -> None:
+    """What the recipe asks for after each step: norm statistics, then training."""
     if job.recipe.reestimate_norms and job.batches is not None:
         reestimate_norms(model, job.batches)
     if job.recipe.finetune is not None and job.train is not None:
         settings = job.recipe.finetune.model_dump()
         checkpoint = None if progress is None else progress.training
         finetune(model, job.train, masks=masks, loss=job.loss, seed=job.recipe.seed + step, checkpoint=checkpoint, **settings)
-    return masks, calibration.notes
 
 
-def _weight(model: nn.Module, name: str) -> torch.Tensor:
-    return model.get_parameter(name).detach()
-
-
-def _point(job: Job, sparsity: float, quality: Mapping[str, float]) -> Point:
-    return Point(f"{job.method.criterion_name}, {job.method.pattern.name}", sparsity, next(iter(quality.values())))
+def _point(job: Job | UnitJob, sparsity: float, quality: Mapping[str, float]) -> Point:
+    return Point(_title(job, with_share=False), sparsity, next(iter(quality.values())))
 
 
 def _plan(job: Job, masks: MaskSet) -> Plan:
@@ -183,32 +222,32 @@ def _plan(job: Job, masks: MaskSet) -> Plan:
 
 
 def _report(
-    job: Job,
-    pruned: nn.Module,
+    job: Job | UnitJob,
+    outcome: _Outcome,
     original: Mapping[str, torch.Tensor],
-    masks: MaskSet,
     before: Measurement,
     after: Measurement,
-    points: list[Point],
-    notes: list[str],
     seconds: float,
 ) -> Report:
-    pattern = job.method.pattern.name
-    layers = tuple(layer_report(n, original[n], masks[n], pattern, weight_after=_weight(pruned, n)) for n in job.layers)
-    collapsed = [layer.name for layer in layers if layer.kept == 0]
-    if collapsed:
-        notes = [*notes, f"these layers lost every weight and pass nothing on: {', '.join(collapsed)}"]
+    masks, plan = outcome.masks, outcome.plan
+    left = {} if plan.cuts else dict(outcome.model.named_parameters())
+    layers = tuple(
+        layer_report(p.name, original[p.name], masks[p.name], p.pattern, weight_after=left.get(p.name)) for p in plan.layers
+    )
+    notes, points = list(outcome.notes), list(outcome.points)
+    if collapsed := [layer.name for layer in layers if layer.kept == 0]:
+        notes.append(f"these layers lost every weight and pass nothing on: {', '.join(collapsed)}")
         log.warning("%s", notes[-1])
     metric = next(iter(after.quality), None)
     if metric is not None:
-        points = [*points, _point(job, masks.sparsity(), after.quality)]
+        points.append(_point(job, plan.sparsity, after.quality))
     return Report(
         title=_title(job),
         before=before,
         after=after,
         metric=metric,
         layers=layers,
-        skipped=job.skipped,
+        skipped=plan.skipped,
         notes=tuple(notes),
         points=tuple(points),
         recipe=job.recipe.to_toml(),
@@ -217,17 +256,18 @@ def _report(
     )
 
 
-def _title(job: Job) -> str:
+def _title(job: Job | UnitJob, with_share: bool = True) -> str:
     """``magnitude 90% element``, or ``magnitude 2:4`` where the pattern says how much."""
-    share = "" if job.method.pattern.sparsity is not None else f"{100 * job.sparsity:.4g}% "
-    return f"{job.method.criterion_name} {share}{job.method.pattern.name}"
+    criterion = job.recipe.criterion if isinstance(job.recipe.criterion, str) else job.recipe.criterion["name"]
+    share = f" {100 * job.sparsity:.4g}%" if with_share and ":" not in job.pattern_name else ""
+    return f"{criterion}{share} {job.pattern_name}"
 
 
 def _save(result: Result, recipe: Recipe, out: str | Path, overwrite: bool, source: str | None) -> None:
     save(
         result.model,
         out,
-        masks=result.masks,
+        masks=None if result.plan.cuts else result.masks,  # a cut model's masks have other shapes; its plan says as much
         plan=result.plan,
         report=result.report,
         recipe=recipe.to_toml(),

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from secateur.errors import RecipeError, UnknownName
+from secateur.errors import RecipeError, UnknownName, did_you_mean
 
 T = TypeVar("T", bound=Callable[..., Any])
 
@@ -34,8 +35,6 @@ class Entry(Generic[T]):
 
     def check_options(self, kind: str, options: Mapping[str, Any]) -> None:
         """Refuse an option that the piece does not have."""
-        from secateur.errors import did_you_mean
-
         for key in options:
             if key not in self.options:
                 known = ", ".join(self.options) or "none"
@@ -76,3 +75,16 @@ class Registry(Mapping[str, Entry[T]], Generic[T]):
 
     def __len__(self) -> int:
         return len(self._entries)
+
+
+#: A registered name, or a mapping with the name and its options.
+Named = str | Mapping[str, Any]
+
+
+def bind(registry: Registry[T], spec: Named) -> tuple[str, Callable[..., Any]]:
+    """Name and callable of a registered piece, its options checked and bound."""
+    name = spec if isinstance(spec, str) else str(spec.get("name", ""))
+    options = {} if isinstance(spec, str) else {k: v for k, v in spec.items() if k != "name"}
+    entry = registry[name]
+    entry.check_options(registry.kind, options)
+    return name, functools.partial(entry.make, **options) if options else entry.make

@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 import shutil
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
+from secateur.export.atomic import write_synced
 from secateur.measure.cache import fingerprint
 from secateur.train.checkpoint import load_state, save_state
 from secateur.types import MaskSet, Point
@@ -25,7 +25,17 @@ class Progress:
     def __init__(self, out: str | Path, recipe: str, model: nn.Module):
         path = Path(out).absolute()
         self._folder = path.with_name(f".{path.name}.progress")
-        self._key = fingerprint(recipe, model)
+        self._claim(fingerprint(recipe, model))
+
+    def _claim(self, key: str) -> None:
+        """Start anew where the state on disk is another run's."""
+        file = self._folder / "run"
+        if self._folder.exists() and not (file.exists() and file.read_text() == key):
+            log.warning("%s is of another model or recipe: starting anew", self._folder)
+            self.clear()
+        self._folder.mkdir(parents=True, exist_ok=True)
+        if not file.exists():
+            write_synced(file, key.encode())
 
     @property
     def training(self) -> Path:
@@ -33,23 +43,19 @@ class Progress:
         return self._folder / "training.safetensors"
 
     def restore(self, model: nn.Module) -> tuple[int, MaskSet | None, list[Point]]:
-        """Steps done, masks and points so far; the weights go into `model`. All zero where there is nothing to resume."""
+        """Steps done, masks and points so far; the weights go into `model`. Nothing done where there is nothing to resume."""
         file = self._folder / "step.safetensors"
         if not file.exists():
             return 0, None, []
         state = load_state(file)
-        if state["key"] != self._key:
-            log.warning("%s is of another model or recipe: starting anew", self._folder)
-            self.clear()
-            return 0, None, []
         model.load_state_dict(state["model"])
         log.warning("resuming after step %d", state["step"])
         return state["step"], MaskSet(state["masks"]), [Point(**p) for p in state["points"]]
 
     def save(self, step: int, model: nn.Module, masks: MaskSet, points: list[Point]) -> None:
         """Keep the state after `step` steps; the training of the next step starts afresh."""
-        state: dict[str, Any] = {"key": self._key, "step": step, "model": dict(model.state_dict()), "masks": dict(masks)}
-        save_state(self._folder / "step.safetensors", {**state, "points": [vars(p) for p in points]})
+        state = {"step": step, "model": dict(model.state_dict()), "masks": dict(masks), "points": [vars(p) for p in points]}
+        save_state(self._folder / "step.safetensors", state)
         self.training.unlink(missing_ok=True)
 
     def clear(self) -> None:

@@ -7,13 +7,12 @@ it never decreases, and never leaves ``[initial, target]``.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Mapping
 from typing import Any
 
 from secateur.errors import RecipeError
-from secateur.registry import Registry
+from secateur.registry import Registry, bind
 from secateur.types import Schedule
 
 SCHEDULES: Registry[Schedule] = Registry("schedule")
@@ -82,11 +81,7 @@ def make_schedule(spec: str | Mapping[str, Any]) -> Schedule:
     >>> make_schedule({"name": "iterative", "initial": 0.5})(0.0, 0.9)
     0.5
     """
-    name = spec if isinstance(spec, str) else spec.get("name", "")
-    options = {} if isinstance(spec, str) else {k: v for k, v in spec.items() if k != "name"}
-    entry = SCHEDULES[name]
-    entry.check_options("schedule", options)
-    return functools.partial(entry.make, **options)
+    return bind(SCHEDULES, spec)[1]
 
 
 def _reach(progress: float, target: float, initial: float, sparsity: float) -> float:

@@ -14,14 +14,12 @@ from secateur.allocation import ALLOCATIONS
 from secateur.criteria import CRITERIA
 from secateur.errors import LayerError, NonFiniteError, RecipeError
 from secateur.layers import Layer, non_finite_message
-from secateur.patterns import REDUCTIONS, make_pattern, reduce
+from secateur.patterns import REDUCTIONS, Units, make_pattern, reduce
+from secateur.registry import Named, bind
 from secateur.select import top
 from secateur.solvers import SOLVERS
 from secateur.sparsity import check_sparsity
 from secateur.types import LayerStats, MaskSet, Need, Pattern, UnitScores
-
-#: A registered name, or a mapping with the name and its options.
-Named = str | Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -47,16 +45,20 @@ def resolve(
 ) -> Method:
     """Look up and check the pieces of a method. The allocation defaults to global, or to uniform where the pattern fixes it."""
     made = make_pattern(pattern)
+    if isinstance(made, Units):
+        raise RecipeError(
+            f"pattern {made.name!r} cuts units out and makes no masks: use sc.prune, or pattern 'neuron' for masks"
+        )
     fixed = made.sparsity is not None
-    name, allocate = _piece(ALLOCATIONS, allocation or ("uniform" if fixed else "global"))
+    name, allocate = bind(ALLOCATIONS, allocation or ("uniform" if fixed else "global"))
     if fixed and name != "uniform":
         raise RecipeError(
             f"pattern {made.name} fixes the sparsity of every group, so allocation {name!r} has nothing to decide. "
             "Leave the allocation out or use 'uniform'."
         )
-    criterion_name, score = _piece(CRITERIA, criterion)
+    criterion_name, score = bind(CRITERIA, criterion)
     facts = CRITERIA[criterion_name].facts
-    solver_name, solve = _piece(SOLVERS, solver)
+    solver_name, solve = bind(SOLVERS, solver)
     reduction = reduction or facts["reduction"]
     if reduction not in REDUCTIONS:
         reduce(torch.zeros(1, 1, 1), reduction)
@@ -186,12 +188,3 @@ def _add_masks(masks: dict[str, Tensor], layer: Layer, method: Method, mask: Ten
     masks[layer.name] = layer.stored(mask)
     if method.pattern.whole_outputs and layer.bias is not None:
         masks[layer.bias] = mask.flatten(1).any(1)
-
-
-def _piece(registry: Mapping[str, Any], spec: Named) -> tuple[str, Callable[..., Any]]:
-    """Name and callable of a registered piece, its options bound."""
-    name = spec if isinstance(spec, str) else spec.get("name", "")
-    options = {} if isinstance(spec, str) else {k: v for k, v in spec.items() if k != "name"}
-    entry = registry[name]
-    entry.check_options(registry.kind, options)  # type: ignore[attr-defined]
-    return name, functools.partial(entry.make, **options) if options else entry.make

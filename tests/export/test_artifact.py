@@ -343,12 +343,18 @@ def test_sources_inside_the_artifact_or_that_are_itself_are_refused(tmp_path):
         load(path)
 
 
-def test_cut_models_need_a_cut_model(tmp_path):
-    plan = Plan(cuts=(Cut("weight", 0, (0, 1, 2)),))
-    path = save(nn.Linear(6, 3), tmp_path / "a", plan=plan)
-    load(path, model=nn.Linear(6, 3))
-    with pytest.raises(ArtifactError, match="1 slices were cut"):
-        load(path, model=nn.Linear(6, 5))
+def test_a_cut_model_fills_a_whole_one_by_its_plan(tmp_path):
+    plan = Plan(cuts=(Cut("weight", 0, (0, 1, 2)), Cut("bias", 0, (0, 1, 2))))
+    small = nn.Linear(6, 3)
+    path = save(small, tmp_path / "a", plan=plan)
+    for model in (nn.Linear(6, 3), nn.Linear(6, 5)):
+        assert load(path, model=model) is model
+        assert torch.equal(model.weight, small.weight)
+        assert model.out_features == 3
+    with pytest.raises(ArtifactError, match=r"shapes are not the model's|do not fit"):
+        load(path, model=nn.Linear(7, 5))
+    with pytest.raises(ArtifactError, match=r"do not fit"):
+        load(path, model=nn.Linear(6, 2))
 
 
 def test_formats_are_checked(tmp_path):

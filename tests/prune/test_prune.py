@@ -166,6 +166,60 @@ def test_layers_that_a_pattern_does_not_fit_are_named_not_silently_skipped():
         sc.prune(nn.Linear(10, 4), pattern="2:4")
 
 
+def test_channels_are_cut_for_real_and_the_artifact_rebuilds_the_smaller_network(tmp_path):
+    model, batches = network(8), digits("train")[:4]
+    before = state_bytes(model)
+    result = sc.prune(
+        model, pattern="channel", sparsity=0.5, data=batches, reestimate_norms=True, finetune={"epochs": 1},
+        out=tmp_path / "run", source="secateur.demo:network?width=8",
+    )  # fmt: skip
+    assert state_bytes(model) == before
+    assert result.model[0][0].out_channels == 4
+    assert result.model[1][1].conv1.weight.shape == (8, 4, 3, 3)
+    assert result.model[4].weight.shape == (10, 8), "the outputs of the model are never cut"
+    assert result.report.after.parameters < 0.3 * result.report.before.parameters
+    assert result.report.after.macs < 0.3 * result.report.before.macs
+    assert result.masks["1.1.conv1.weight"].shape == model[1][1].conv1.weight.shape
+    assert int(result.masks["1.1.conv1.weight"].sum()) == result.model[1][1].conv1.weight.numel()
+    loaded = sc.load(tmp_path / "run")
+    assert state_bytes(loaded) == state_bytes(result.model)
+    x = batches[0][0]
+    with torch.inference_mode():
+        assert torch.equal(loaded.eval()(x), result.model.eval()(x))
+    assert state_bytes(sc.load(tmp_path / "run", model=network(8))) == state_bytes(result.model)
+    again = sc.prune(loaded, pattern="channel", sparsity=0.5, example=x)
+    assert again.model[0][0].out_channels == 2
+
+
+def test_dense_networks_lose_whole_neurons_for_real():
+    model = Mlp(6, 12, 8, 4)
+    x = torch.randn(5, 6)
+    result = sc.prune(model, pattern="channel", sparsity=0.5, example=x, criterion="magnitude", reduction="l2")
+    assert [m.weight.shape for m in result.model if isinstance(m, nn.Linear)] == [(6, 6), (4, 6), (4, 4)]
+    masked = copy.deepcopy(model)
+    result.masks.apply(masked)
+    torch.testing.assert_close(result.model(x), masked(x), rtol=1e-5, atol=1e-6)
+    plan = sc.plan(model, pattern="channel", sparsity=0.5, example=x, reduction="l2")
+    assert plan == result.plan
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, "pass example="),
+        ({"solver": "keep", "allocation": "erk"}, "'uniform' and 'global'"),
+        ({"steps": 3, "schedule": "cubic"}, "one step"),
+        ({"sparsity": None}, "missing"),
+        ({"criterion": "taylor"}, "pass data="),
+        ({"pattern": {"name": "channel", "round_to": 0}}, "round_to"),
+        ({"pattern": "head", "data": [torch.zeros(2, 4)]}, "nothing to cut"),
+    ],
+)
+def test_bad_recipes_for_units(changes, words):
+    with pytest.raises(SecateurError, match=words):
+        sc.prune(Mlp(4, 4, 2), **{"sparsity": 0.5, "pattern": "channel", **changes})
+
+
 # --- bad input -------------------------------------------------------------------------------------------------------
 
 

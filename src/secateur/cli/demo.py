@@ -16,8 +16,8 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "unstructured-90": ("90% of all weights, wherever they matter least", {"sparsity": 0.9, "steps": 2, "schedule": "cubic"}),
     "two-of-four": ("2 of every 4 weights, the pattern that GPUs compute faster", {"pattern": "2:4"}),
     "half-the-channels": (
-        "half of the channels, as whole filters",
-        {"sparsity": 0.5, "pattern": "neuron", "allocation": "uniform", "ignore": ["4"]},
+        "half of the channels, cut out for real",
+        {"sparsity": 0.5, "pattern": "channel"},
     ),
 }
 

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from secateur.errors import ArtifactError, did_you_mean
+from secateur.errors import ArtifactError, ModelError, did_you_mean
 from secateur.export import container, manifest
 from secateur.export.atomic import check_replaceable, replacing, write_synced
 from secateur.export.encode import FORMATS, Encoder, Format, same_bits
@@ -258,8 +258,13 @@ def _filler(artifact: Artifact, model: nn.Module) -> Filler:
 
 
 def _recut(artifact: Artifact, model: nn.Module, plan: Plan, mismatch: ShapeMismatch) -> nn.Module:
-    """The one place where the cuts of a plan are applied to a model that is still whole."""
-    raise ArtifactError(
-        f"{artifact.path} holds a model from which {len(plan.cuts)} slices were cut, and this one is not cut alike: {mismatch} "
-        "Pass a model that already has the saved shapes: sc.load(directory, model=cut)."
-    )
+    """The one place where the cuts of a plan are applied to a model that is still whole, in place."""
+    from secateur.graph import recut
+
+    try:
+        return recut(model, plan)
+    except (ModelError, AttributeError, TypeError, IndexError, ValueError, RuntimeError) as error:
+        raise ArtifactError(
+            f"{artifact.path} holds a model from which {len(plan.cuts)} slices were cut, and the cuts do not fit this one: "
+            f"{mismatch} {error}"
+        ) from error

@@ -11,6 +11,7 @@ from secateur.patterns.block import block
 from secateur.patterns.element import element, neuron, row
 from secateur.patterns.nm import n_m
 from secateur.patterns.reduce import REDUCTIONS, reduce
+from secateur.patterns.units import Units, channel, head, head_dim, width
 from secateur.registry import Registry
 from secateur.types import Pattern
 
@@ -20,11 +21,15 @@ PATTERNS.register("row", source="Sun et al. 2023, A Simple and Effective Pruning
 PATTERNS.register("neuron", source="Li et al. 2017, Pruning Filters for Efficient ConvNets")(neuron)
 PATTERNS.register("n:m", source="Mishra et al. 2021, Accelerating Sparse Deep Neural Networks")(n_m)
 PATTERNS.register("block", source="Narang et al. 2017, Block-Sparse Recurrent Neural Networks")(block)
+PATTERNS.register("channel", source="Li et al. 2017; Fang et al. 2023, DepGraph")(channel)
+PATTERNS.register("head", source="Michel et al. 2019, Are Sixteen Heads Really Better than One?")(head)
+PATTERNS.register("head_dim", source="Ma et al. 2023, LLM-Pruner")(head_dim)
+PATTERNS.register("width", source="Ashkboos et al. 2024, SliceGPT; He et al. 2016 for residual dimensions")(width)
 
-__all__ = ["PATTERNS", "REDUCTIONS", "make_pattern", "reduce"]
+__all__ = ["PATTERNS", "REDUCTIONS", "Units", "make_pattern", "reduce"]
 
 
-def make_pattern(spec: str | Mapping[str, Any] | Pattern) -> Pattern:
+def make_pattern(spec: str | Mapping[str, Any] | Pattern) -> Pattern | Units:
     """A pattern from its name, a short spelling, or a mapping with the name and its options.
 
     ``"2:4"`` keeps 2 of every 4 consecutive inputs, ``"4x1"`` is a block of 4 outputs by 1 input.
