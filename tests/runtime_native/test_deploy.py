@@ -187,3 +187,30 @@ def test_convolution_is_replaced_where_it_wins():
     model = prune(nn.Sequential(nn.Conv2d(128, 128, 3, padding=1)), 0.95)
     fast = deploy(model, torch.randn(1, 128, 32, 32), seconds=0.05)
     assert isinstance(fast[0], SparseConv2d)
+
+
+class Padded(nn.Conv2d):
+    """Pads by itself, as EfficientNet's "same" convolutions do."""
+
+    def forward(self, x):
+        return super().forward(nn.functional.pad(x, (0, 1, 0, 1)) if self.kernel_size[0] > 1 else x)
+
+
+class Standardised(nn.Conv2d):
+    """Normalises its weight on the way: folding a scale into the weight has no effect."""
+
+    def forward(self, x):
+        return nn.functional.conv2d(x, self.weight / self.weight.norm(), self.bias)
+
+
+def test_subclasses_are_taken_only_for_what_they_compute():
+    model = nn.Sequential(
+        Padded(16, 128, 2), nn.BatchNorm2d(128), Padded(128, 128, 1), Standardised(128, 128, 1), nn.BatchNorm2d(128)
+    )
+    fast = deploy(prune(model, 0.95), torch.randn(2, 16, 24, 24), seconds=0.05)
+    reasons = [layer.reason for layer in fast.summary.layers]
+    assert "computes something else" in reasons[0]
+    assert isinstance(fast[2], SparseConv2d)
+    assert "computes something else" in reasons[2]
+    assert fast.summary.folded == (("0", "1"),)
+    assert fast.summary.error < 1e-4

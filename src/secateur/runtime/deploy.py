@@ -74,10 +74,10 @@ def _fold(model: nn.Module, example: Batch) -> list[tuple[str, str]]:
     args, kwargs = inputs_of(example)
     names = {module: name for name, module in model.named_modules()}
     folded = []
-    for layer, norm in fold.find_pairs(model, args, kwargs):
-        fold.fold(layer, norm)
-        fold.replace(model, norm, nn.Identity())
-        folded.append((names[layer], names[norm]))
+    for pair in fold.find_pairs(model, args, kwargs):
+        if fold.fold_checked(pair):
+            fold.replace(model, pair.norm, nn.Identity())
+            folded.append((names[pair.layer], names[pair.norm]))
     return folded
 
 

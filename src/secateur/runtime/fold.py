@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ class _Watch(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.made: dict[int, tuple[nn.Module, Tensor]] = {}
+        self.made: dict[int, tuple[nn.Module, Tensor, Any]] = {}  # by id of the output, which is kept so that ids stay unique
         self.uses: Counter[int] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -30,23 +30,31 @@ class _Watch(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def find_pairs(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> list[tuple[nn.Module, nn.Module]]:
-    """(layer, BatchNorm) pairs where the norm alone reads what the layer puts out, each called once.
+class Pair(NamedTuple):
+    """A layer, the BatchNorm that alone reads what it puts out, and the input the layer met."""
+
+    layer: nn.Module
+    norm: nn.Module
+    x: Tensor
+
+
+def find_pairs(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Pair]:
+    """Layers with a BatchNorm that could be folded into them, each called once.
 
     Runs the model once, in evaluation mode. Control flow does not matter: what is watched is the tensors themselves.
     """
     watch, calls, pairs = _Watch(), Counter[nn.Module](), []
 
-    def made(module: nn.Module, _: Any, output: Any) -> None:
+    def made(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         calls[module] += 1
-        watch.made[id(output)] = (module, output)
+        watch.made[id(output)] = (module, output, inputs[0] if inputs else None)
 
     def met(norm: nn.Module, inputs: tuple[Any, ...]) -> None:
         calls[norm] += 1
         if inputs and id(inputs[0]) in watch.made:
             pairs.append((id(inputs[0]), norm))
 
-    handles = [m.register_forward_hook(made) for m in model.modules() if type(m) in _PRODUCERS]
+    handles = [m.register_forward_hook(made) for m in model.modules() if isinstance(m, _PRODUCERS)]
     handles += [m.register_forward_pre_hook(met) for m in model.modules() if type(m) in _NORMS]
     try:
         with torch.no_grad(), watch:
@@ -55,8 +63,22 @@ def find_pairs(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) ->
         for handle in handles:
             handle.remove()
     shown = {id(leaf) for leaf in tree_leaves(outputs)}
-    found = [(watch.made[key][0], norm) for key, norm in pairs if watch.uses[key] == 1 and key not in shown]
-    return [(layer, norm) for layer, norm in found if calls[layer] == calls[norm] == 1 and _plain(layer) and _foldable(norm)]
+    private = [(watch.made[key], norm) for key, norm in pairs if watch.uses[key] == 1 and key not in shown]
+    found = [Pair(layer, norm, x) for (layer, _, x), norm in private if isinstance(x, Tensor)]
+    return [p for p in found if calls[p.layer] == calls[p.norm] == 1 and _plain(p.layer) and _foldable(p.norm)]
+
+
+def fold_checked(pair: Pair) -> bool:
+    """Fold and compare on the input at hand; undone and False where the layer, perhaps a subclass, then computes otherwise."""
+    layer: Any = pair.layer
+    weight, bias = layer.weight, layer.bias
+    expected = pair.norm(layer(pair.x))
+    fold(layer, pair.norm)
+    got = layer(pair.x)
+    if got.shape == expected.shape and bool((got - expected).abs().max() <= 1e-3 * expected.abs().max()):
+        return True
+    layer.weight, layer.bias = weight, bias
+    return False
 
 
 @torch.no_grad()

@@ -122,7 +122,8 @@ def _unfit(module: nn.Module, example: Tensor) -> str | None:
     """What all CPU kernels have in common: why they cannot take the layer."""
     if reason := native.missing():
         return reason
-    if type(module) not in (nn.Linear, nn.Conv2d):
+    base = next((kind for kind in (nn.Linear, nn.Conv2d) if isinstance(module, kind)), None)
+    if base is None:
         return f"the CPU kernels serve linear layers and two-dimensional convolutions, not {type(module).__name__}"
     if example.device.type != "cpu" or example.dtype != torch.float32 or module.weight.dtype != torch.float32:
         dtypes = f"{module.weight.dtype} weights and {example.dtype} activations"
@@ -136,4 +137,6 @@ def _unfit(module: nn.Module, example: Tensor) -> str | None:
             padding_of(module)
         except ValueError as error:
             return str(error)
+    if type(module) is not base and not torch.equal(module(example), base.forward(module, example)):
+        return f"{type(module).__name__} computes something else than the {base.__name__} it derives from"
     return None
