@@ -122,7 +122,7 @@ def _unfit(module: nn.Module, example: Tensor) -> str | None:
     """What all CPU kernels have in common: why they cannot take the layer."""
     if reason := native.missing():
         return reason
-    base = next((kind for kind in (nn.Linear, nn.Conv2d) if isinstance(module, kind)), None)
+    base: Any = next((kind for kind in (nn.Linear, nn.Conv2d) if isinstance(module, kind)), None)
     if base is None:
         return f"the CPU kernels serve linear layers and two-dimensional convolutions, not {type(module).__name__}"
     if example.device.type != "cpu" or example.dtype != torch.float32 or module.weight.dtype != torch.float32:
