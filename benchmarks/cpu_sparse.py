@@ -11,10 +11,8 @@ Peers: torch dense (MKL, oneDNN) and torch CSR always; ONNX Runtime, OpenVINO an
 from __future__ import annotations
 
 import argparse
-import copy
 import importlib.util
 import os
-import platform
 import statistics
 import tempfile
 import time
@@ -214,13 +212,19 @@ def peers(model, args, kwargs, folder, threads):
     return found
 
 
-def convert_part(threads, seconds):
+def convert_part(threads):
     print("\n## Conversion")
     w = masked(8192, 12288, sparsity=0.9)
     for label, convert in (("panel", native.pack), ("bitmask", native.pack_bits)):
         start = time.perf_counter()
         convert(w)
         print(f"{w.numel() / 1e6:.0f}M weights at 90% to {label}: {time.perf_counter() - start:.2f} s, {threads} threads")
+
+
+def processor():
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    return next((line.split(":")[1].strip() for line in lines if "model name" in line), "unknown processor")
 
 
 def main():
@@ -230,24 +234,19 @@ def main():
     parser.add_argument("--seconds", type=float, default=1.0, help="for each candidate of a row")
     parser.add_argument("--network", default="", help="only networks whose name holds this")
     options = parser.parse_args()
-    cpu = (
-        next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if "model name" in line), platform.processor())
-        if Path("/proc/cpuinfo").exists()
-        else platform.processor()
-    )
-    print(f"{cpu}, {os.cpu_count()} CPUs, torch {torch.__version__}, kernels {', '.join(native.instruction_sets())}")
+    print(f"{processor()}, {os.cpu_count()} CPUs, torch {torch.__version__}, kernels {', '.join(native.instruction_sets())}")
     for threads in options.threads:
         torch.set_num_threads(threads)
         torch.manual_seed(0)
         with torch.no_grad():
-            parts = {
-                "linear": lambda: linear_part(threads, options.seconds),
-                "vector": lambda: vector_part(threads, options.seconds),
-                "networks": lambda: network_part(threads, options.seconds, options.network),
-                "convert": lambda: convert_part(threads, options.seconds),
-            }
-            for name in options.part:
-                parts[name]()
+            if "linear" in options.part:
+                linear_part(threads, options.seconds)
+            if "vector" in options.part:
+                vector_part(threads, options.seconds)
+            if "networks" in options.part:
+                network_part(threads, options.seconds, options.network)
+            if "convert" in options.part:
+                convert_part(threads)
 
 
 if __name__ == "__main__":

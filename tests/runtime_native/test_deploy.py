@@ -90,7 +90,7 @@ def test_a_layer_called_twice_is_not_folded():
         def forward(self, x):
             return self.conv(self.bn(self.conv(x)))
 
-    assert fold.find_pairs(Twice().eval(), (torch.randn(1, 3, 2, 2),), {}) == []
+    assert fold.find_pairs(Twice().eval(), (torch.randn(1, 3, 2, 2),), {}, fold.is_foldable) == []
 
 
 def test_copies_compile_save_and_load(net, tmp_path):
@@ -214,3 +214,35 @@ def test_subclasses_are_taken_only_for_what_they_compute():
     assert "computes something else" in reasons[2]
     assert fast.summary.folded == (("0", "1"),)
     assert fast.summary.error < 1e-4
+
+
+@pytest.mark.parametrize("inplace", [True, False])
+def test_private_activations_go_into_the_kernel(inplace, tmp_path):
+    def make():
+        convs = [nn.Conv2d(64, 128, 3, padding=1, bias=False), nn.BatchNorm2d(128), nn.ReLU(inplace=inplace)]
+        return nn.Sequential(*convs, nn.Conv2d(128, 128, 1), nn.GELU(), nn.Flatten(), nn.Linear(128 * 256, 64), nn.ReLU6())
+
+    model, x = prune(make(), 0.95), torch.randn(4, 64, 16, 16)
+    fast = deploy(model, x, seconds=0.05)
+    assert [layer.fused for layer in fast.summary.layers] == ["2", "4", ""]
+    assert fast[3].activation == "gelu"
+    assert isinstance(fast[2], nn.Identity)
+    assert fast.summary.error < 1e-5
+    save(fast, tmp_path / "fast.safetensors")
+    assert torch.equal(load(tmp_path / "fast.safetensors", make())(x), fast(x))
+
+
+def test_an_activation_that_is_not_alone_stays():
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.act = nn.Linear(512, 512), nn.ReLU()
+
+        def forward(self, x):
+            y = self.fc(x)
+            return self.act(y) + y
+
+    fast = deploy(prune(Both(), 0.95), torch.randn(64, 512), seconds=0.02)
+    assert isinstance(fast.fc, SparseLinear)
+    assert fast.fc.activation == "none"
+    assert isinstance(fast.act, nn.ReLU)

@@ -17,6 +17,7 @@ from secateur.measure.latency import compare_latency
 from secateur.measure.modes import using_threads
 from secateur.progress import track
 from secateur.runtime import fold
+from secateur.runtime.modules import SparseLayer
 from secateur.runtime.runtimes import LEAST_SPARSITY, RUNTIMES, Runtime
 from secateur.runtime.summary import LayerChoice, Summary
 
@@ -62,9 +63,9 @@ def deploy(
         reference = output_tensor(forward(dense, example)).clone()
         folded = _fold(dense, example)
         fast = copy.deepcopy(dense)
-        inputs = _inputs(fast, example)
+        inputs, activations = _inputs(fast, example), _activations(fast, example)
         choices = tuple(
-            _choose(fast, name, module, inputs.get(module), tried, seconds)
+            _choose(fast, name, module, inputs.get(module), activations.get(module), tried, seconds)
             for name, module in track(_layers(fast), "timing layers")
         )
         return _finish(dense, fast, example, reference, Summary(choices, 0.0, 0.0, 1.0, 0.0, used, tuple(folded)), seconds)
@@ -74,11 +75,18 @@ def _fold(model: nn.Module, example: Batch) -> list[tuple[str, str]]:
     args, kwargs = inputs_of(example)
     names = {module: name for name, module in model.named_modules()}
     folded = []
-    for pair in fold.find_pairs(model, args, kwargs):
+    for pair in fold.find_pairs(model, args, kwargs, fold.is_foldable):
         if fold.fold_checked(pair):
-            fold.replace(model, pair.norm, nn.Identity())
-            folded.append((names[pair.layer], names[pair.norm]))
+            fold.replace(model, pair.follower, nn.Identity())
+            folded.append((names[pair.layer], names[pair.follower]))
     return folded
+
+
+def _activations(model: nn.Module, example: Batch) -> dict[nn.Module, nn.Module]:
+    """Activation modules that alone read a layer's output, by layer."""
+    args, kwargs = inputs_of(example)
+    pairs = fold.find_pairs(model, args, kwargs, lambda module: fold.activation_of(module) is not None)
+    return {pair.layer: pair.follower for pair in pairs}
 
 
 def _layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -103,9 +111,15 @@ def _inputs(model: nn.Module, example: Batch) -> dict[nn.Module, Tensor]:
 
 
 def _choose(
-    model: nn.Module, name: str, module: nn.Module, x: Tensor | None, runtimes: dict[str, Runtime], seconds: float
+    model: nn.Module,
+    name: str,
+    module: nn.Module,
+    x: Tensor | None,
+    activation: nn.Module | None,
+    runtimes: dict[str, Runtime],
+    seconds: float,
 ) -> LayerChoice:
-    """Time one layer, put the fastest into `model`, and say so."""
+    """Time one layer, together with the activation that could go into it, put the fastest into `model`, and say so."""
     weight: Tensor = module.weight  # type: ignore[assignment]
     sparsity = 1.0 - int(weight.count_nonzero()) / max(weight.numel(), 1)
     choice = LayerChoice(name, tuple(weight.shape), tuple(x.shape) if x is not None else None, sparsity, "dense")
@@ -113,13 +127,13 @@ def _choose(
         return changed(choice, reason="the example does not call it as a module")
     if sparsity < LEAST_SPARSITY:
         return changed(choice, reason=f"only {sparsity:.0%} of its weights are zero")
-    if module._forward_hooks or module._forward_pre_hooks or hasattr(module, "parametrizations"):
+    if not fold.is_plain(module):
         return changed(choice, reason="it has hooks or parametrizations, which a replacement would lose")
     refusals = {key: runtime.refuses(module, x) for key, runtime in runtimes.items()}
     fits = {key: runtimes[key].convert(module) for key, reason in refusals.items() if reason is None}
     if not fits:
         return changed(choice, reason=_common(refusals))
-    times = compare_latency({"dense": module, **fits}, x, seconds=seconds)
+    times = compare_latency(_with_activation({"dense": module, **fits}, activation), x, seconds=seconds)
     best = max(fits, key=lambda key: times[key].speedup)
     choice = changed(
         choice, dense_ms=times["dense"].latency.median_ms, sparse_ms={key: times[key].latency.median_ms for key in fits}
@@ -127,7 +141,20 @@ def _choose(
     if times[best].speedup < _GAIN:
         return changed(choice, reason=f"{best} gives {times[best].speedup:.2f}x")
     fold.replace(model, module, fits[best])
+    if activation is not None and isinstance(fits[best], SparseLayer):
+        (where, *_) = fold.replace(model, activation, nn.Identity())
+        return changed(choice, runtime=best, fused=where)
     return changed(choice, runtime=best)
+
+
+def _with_activation(modules: dict[str, nn.Module], activation: nn.Module | None) -> dict[str, nn.Module]:
+    """Each module with the activation behind it: inside where the kernel can, else as a module of its own."""
+    if activation is None:
+        return modules
+    for module in modules.values():
+        if isinstance(module, SparseLayer):
+            module.activation = fold.activation_of(activation) or "none"
+    return {key: m if isinstance(m, SparseLayer) else nn.Sequential(m, activation) for key, m in modules.items()}
 
 
 def _common(refusals: dict[str, str | None]) -> str:

@@ -1,17 +1,20 @@
-"""BatchNorm into the convolution or linear layer before it, found by watching one real forward pass."""
+"""What can go into the layer before it, BatchNorms and activations, found by watching one real forward pass."""
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 _PRODUCERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
@@ -31,31 +34,38 @@ class _Watch(TorchDispatchMode):
 
 
 class Pair(NamedTuple):
-    """A layer, the BatchNorm that alone reads what it puts out, and the input the layer met."""
+    """A layer, the module that alone reads what it puts out, and the input the layer met."""
 
     layer: nn.Module
-    norm: nn.Module
+    follower: nn.Module
     x: Tensor
 
 
-def find_pairs(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Pair]:
-    """Layers with a BatchNorm that could be folded into them, each called once.
+def find_pairs(
+    model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], follows: Callable[[nn.Module], bool]
+) -> list[Pair]:
+    """Linear and convolution layers with a follower for which `follows` is true, both called exactly once.
 
-    Runs the model once, in evaluation mode. Control flow does not matter: what is watched is the tensors themselves.
+    Runs the model once, in evaluation mode. Control flow does not matter: what is watched is the tensors themselves. A
+    follower that works in place may hand the tensor on: whoever reads it afterwards reads the follower's result.
     """
     watch, calls, pairs = _Watch(), Counter[nn.Module](), []
+    in_place: dict[int, int] = {}  # reads of a tensor up to the end of its follower
 
     def made(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         calls[module] += 1
         watch.made[id(output)] = (module, output, inputs[0] if inputs else None)
 
-    def met(norm: nn.Module, inputs: tuple[Any, ...]) -> None:
-        calls[norm] += 1
-        if inputs and id(inputs[0]) in watch.made:
-            pairs.append((id(inputs[0]), norm))
+    def met(follower: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        calls[follower] += 1
+        if not inputs or id(inputs[0]) not in watch.made:
+            return
+        pairs.append((id(inputs[0]), follower))
+        if output is inputs[0]:
+            in_place[id(output)] = watch.uses[id(output)]
 
     handles = [m.register_forward_hook(made) for m in model.modules() if isinstance(m, _PRODUCERS)]
-    handles += [m.register_forward_pre_hook(met) for m in model.modules() if type(m) in _NORMS]
+    handles += [m.register_forward_hook(met) for m in model.modules() if follows(m)]
     try:
         with torch.no_grad(), watch:
             outputs = model(*args, **kwargs)
@@ -63,17 +73,17 @@ def find_pairs(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) ->
         for handle in handles:
             handle.remove()
     shown = {id(leaf) for leaf in tree_leaves(outputs)}
-    private = [(watch.made[key], norm) for key, norm in pairs if watch.uses[key] == 1 and key not in shown]
-    found = [Pair(layer, norm, x) for (layer, _, x), norm in private if isinstance(x, Tensor)]
-    return [p for p in found if calls[p.layer] == calls[p.norm] == 1 and _plain(p.layer) and _foldable(p.norm)]
+    reads = {key: in_place.get(key, watch.uses[key] + (key in shown)) for key, _ in pairs}
+    found = [Pair(watch.made[key][0], follower, watch.made[key][2]) for key, follower in pairs if reads[key] == 1]
+    return [p for p in found if calls[p.layer] == calls[p.follower] == 1 and isinstance(p.x, Tensor) and is_plain(p.layer)]
 
 
 def fold_checked(pair: Pair) -> bool:
     """Fold and compare on the input at hand; undone and False where the layer, perhaps a subclass, then computes otherwise."""
     layer: Any = pair.layer
     weight, bias = layer.weight, layer.bias
-    expected = pair.norm(layer(pair.x))
-    fold(layer, pair.norm)
+    expected = pair.follower(layer(pair.x))
+    fold(layer, pair.follower)
     got = layer(pair.x)
     if got.shape == expected.shape and bool((got - expected).abs().max() <= 1e-3 * expected.abs().max()):
         return True
@@ -109,9 +119,23 @@ def replace(model: nn.Module, old: nn.Module, new: nn.Module) -> list[str]:
     return names
 
 
-def _plain(layer: nn.Module) -> bool:
-    return not (layer._forward_hooks or layer._forward_pre_hooks) and not hasattr(layer, "parametrizations")
+def is_plain(module: nn.Module) -> bool:
+    """Whether nothing hangs on the module that a replacement would lose."""
+    return not (module._forward_hooks or module._forward_pre_hooks) and not hasattr(module, "parametrizations")
 
 
-def _foldable(norm: nn.Module) -> bool:
-    return norm.running_mean is not None and not norm.training and _plain(norm)
+def is_foldable(module: nn.Module) -> bool:
+    """Whether the module is a BatchNorm in evaluation mode with statistics of its own."""
+    return type(module) in _NORMS and module.running_mean is not None and not module.training and is_plain(module)
+
+
+def activation_of(module: nn.Module) -> str | None:
+    """Which fused activation the module computes, told by its name and by trying it; None for any other module."""
+    if not re.search("relu|gelu|silu|swish", type(module).__name__, re.IGNORECASE) or not is_plain(module):
+        return None
+    if any(True for _ in module.children()) or any(True for _ in module.parameters()):
+        return None
+    probe = torch.linspace(-12, 12, 193)
+    got = module(probe.clone())
+    same = (name for name, apply in _ACTIVATIONS.items() if torch.allclose(got, apply(probe), rtol=1e-5, atol=1e-6))
+    return next(same, None)

@@ -38,7 +38,8 @@ def save(model: nn.Module, path: str | Path) -> None:
                 f"{name!r} is a {type(tensor).__name__}, which only its own device can read; save the dense model"
             )
         state[name] = tensor.detach().contiguous().clone()
-    facts = json.dumps({"version": _VERSION, "layers": layers, "folded": folded})
+    fused = [layer.fused for layer in summary.layers if layer.fused] if summary else []
+    facts = json.dumps({"version": _VERSION, "layers": layers, "folded": folded, "fused": fused})
     temporary = path.with_name(path.name + ".partial")
     save_file(state, temporary, metadata={_KEY: facts})
     temporary.replace(path)
@@ -100,6 +101,8 @@ def _rebuild(model: nn.Module, facts: dict[str, Any]) -> None:
         dense: Any = model.get_submodule(layer)
         if dense.bias is None:
             dense.bias = nn.Parameter(torch.zeros(dense.weight.shape[0]), requires_grad=False)
+    for name in facts["fused"]:
+        fold.replace(model, model.get_submodule(name), nn.Identity())
     for name, options in facts["layers"].items():
         options = dict(options)
         kind = {"linear": SparseLinear, "conv2d": SparseConv2d}[options.pop("type")]

@@ -20,6 +20,7 @@ class LayerChoice:
     dense_ms: float | None = None
     sparse_ms: Mapping[str, float] = field(default_factory=dict)  #: of every runtime that was tried
     reason: str = ""  #: why it stays dense
+    fused: str = ""  #: name of the activation module that went into it
 
     @property
     def speedup(self) -> float:
@@ -67,5 +68,5 @@ def _row(layer: LayerChoice) -> tuple[str, ...]:
         layer.runtime,
         "" if layer.dense_ms is None else f"{layer.dense_ms:.3f}",
         "" if best is None else f"{best:.3f}",
-        layer.reason,
+        layer.reason or (f"with {layer.fused}" if layer.fused else ""),
     )
