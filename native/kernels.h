@@ -19,7 +19,7 @@ struct Input {
     int64_t row_stride;
     const int64_t* offset;        // [groups * cols]
     int64_t run_length, runs_per_image, run_stride, image_stride;
-    bool slack;                   // one vector may be read past the end of a run
+    bool slack;                   // the last vector of a run may be read whole
 };
 
 // Where results go. Linear: y[l * row_stride + row]. Runs: y[(p / pixels) * image_stride + row * pixels + p % pixels].

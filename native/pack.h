@@ -38,17 +38,42 @@ inline void pack_rows(const Input& in, int64_t lane, int64_t column, int64_t col
     }
 }
 
-// Exactly `count` floats; where `room` says so, the last vector may be read and written whole.
-SECATEUR_INLINE void copy(const float* from, float* to, int64_t count, bool room) {
+// Exactly `count` floats.
+SECATEUR_INLINE void copy(const float* from, float* to, int64_t count) {
     int64_t i = 0;
     for (; i + W <= count; i += W) store(to + i, load(from + i));
     if (i == count) return;
     if (i > 0)
         store(to + count - W, load(from + count - W));
-    else if (room)
-        store(to, load(from));
     else
         for (; i < count; ++i) to[i] = from[i];
+}
+
+// The same run for every column, in whole vectors.
+template <int N>
+void copy_whole(const float* from, const int64_t* offset, int64_t columns, float* to, int64_t P) {
+    for (int64_t k = 0; k < columns; ++k) {
+        const float* p = from + offset[k];
+#pragma GCC unroll 16
+        for (int v = 0; v < N; ++v) store(to + k * P + v * W, load(p + v * W));
+    }
+}
+
+SECATEUR_INLINE void copy_run(const float* from, const int64_t* offset, int64_t columns, float* to, int64_t P, int64_t length, bool slack) {
+    if (slack || length % W == 0) {
+        switch ((length + W - 1) / W) {
+            case 1: return copy_whole<1>(from, offset, columns, to, P);
+            case 2: return copy_whole<2>(from, offset, columns, to, P);
+            case 3: return copy_whole<3>(from, offset, columns, to, P);
+            case 4: return copy_whole<4>(from, offset, columns, to, P);
+            case 5: return copy_whole<5>(from, offset, columns, to, P);
+            case 6: return copy_whole<6>(from, offset, columns, to, P);
+            case 7: return copy_whole<7>(from, offset, columns, to, P);
+            case 8: return copy_whole<8>(from, offset, columns, to, P);
+            default: break;
+        }
+    }
+    for (int64_t k = 0; k < columns; ++k) copy(from + offset[k], to + k * P, length);
 }
 
 inline void pack_runs(const Input& in, const int64_t* offset, int64_t lane, int64_t count, int64_t columns, float* panel,
@@ -56,10 +81,10 @@ inline void pack_runs(const Input& in, const int64_t* offset, int64_t lane, int6
     for (int64_t done = 0; done < count;) {
         const int64_t pixel = lane + done, run = pixel / in.run_length, inside = pixel % in.run_length;
         const int64_t rest = in.run_length - inside, length = rest < count - done ? rest : count - done;
-        const bool room = in.slack && done + W <= P;  // what is written too far, the next run overwrites
+        const bool slack = in.slack && done + (length + W - 1) / W * W <= P;  // what is written too far, the next run overwrites
         const float* from =
             in.x + run / in.runs_per_image * in.image_stride + run % in.runs_per_image * in.run_stride + inside;
-        for (int64_t k = 0; k < columns; ++k) copy(from + offset[k], panel + k * P + done, length, room);
+        copy_run(from, offset, columns, panel + done, P, length, slack);
         done += length;
     }
     for (int64_t k = 0; k < columns; ++k)
@@ -103,7 +128,7 @@ inline void unpack_runs(const Product& job, const float* results, int64_t lane, 
             const float* from = results + r * P + done;
             float* to = out.y + image * out.image_stride + (row + r) * out.pixels + inside;
             if (job.activation == Activation::none) {
-                copy(from, to, length, false);
+                copy(from, to, length);
                 continue;
             }
             int64_t i = 0;

@@ -69,8 +69,15 @@ struct Planes {
                 std::memcpy(line + s.pad_w, from, s.width * sizeof(float));
                 continue;
             }
-            for (int64_t x = 0; x < s.width; ++x)
-                line[(x + s.pad_w) % s.stride_w * height * width + (x + s.pad_w) / s.stride_w] = from[x];
+            for (int64_t phase = 0; phase < s.stride_w; ++phase) {
+                const int64_t first = ((phase - s.pad_w) % s.stride_w + s.stride_w) % s.stride_w;
+                const int64_t count = (s.width - first + s.stride_w - 1) / s.stride_w;
+                float* split = line + phase * height * width + (first + s.pad_w) / s.stride_w;
+                if (s.stride_w == 2)  // a constant stride is vectorised
+                    for (int64_t i = 0; i < count; ++i) split[i] = from[first + 2 * i];
+                else
+                    for (int64_t i = 0; i < count; ++i) split[i] = from[first + s.stride_w * i];
+            }
         }
     }
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from secateur.errors import ArtifactError, UnknownName
 from secateur.runtime import RUNTIMES, SparseConv2d, SparseLinear, deploy, fold, load, save
+from secateur.runtime.pool import SlicedMaxPool2d
 
 
 def prune(model: nn.Module, sparsity: float) -> nn.Module:
@@ -246,3 +247,19 @@ def test_an_activation_that_is_not_alone_stays():
     assert isinstance(fast.fc, SparseLinear)
     assert fast.fc.activation == "none"
     assert isinstance(fast.act, nn.ReLU)
+
+
+def test_max_pooling_is_sliced_only_where_it_is_the_same(tmp_path):
+    def make():
+        return nn.Sequential(nn.MaxPool2d(2), nn.MaxPool2d(3, 2), nn.MaxPool2d(2, ceil_mode=True))
+
+    x = torch.randn(2, 64, 65, 48)
+    x[0, 0, 0, 0] = float("nan")
+    torch.testing.assert_close(SlicedMaxPool2d()(x), make()[0](x), equal_nan=True)
+    x[0, 0, 0, 0] = 0
+    fast = deploy(make(), x, seconds=0.05)
+    assert [layer.name for layer in fast.summary.layers] == ["0"]
+    assert torch.equal(fast(x), make()(x))
+    assert isinstance(fast[0], SlicedMaxPool2d) == (fast.summary.layers[0].runtime != "dense")
+    save(fast, tmp_path / "fast.safetensors")
+    assert torch.equal(load(tmp_path / "fast.safetensors", make())(x), fast(x))

@@ -16,7 +16,7 @@ from secateur.errors import ModelError, RecipeError
 from secateur.measure.latency import compare_latency
 from secateur.measure.modes import using_threads
 from secateur.progress import track
-from secateur.runtime import fold
+from secateur.runtime import fold, pool
 from secateur.runtime.modules import SparseLayer
 from secateur.runtime.runtimes import LEAST_SPARSITY, RUNTIMES, Runtime
 from secateur.runtime.summary import LayerChoice, Summary
@@ -24,6 +24,7 @@ from secateur.runtime.summary import LayerChoice, Summary
 log = logging.getLogger("secateur")
 
 _CANDIDATES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_POOL = "sliced max-pool"
 _GAIN = 1.05  #: a layer is replaced from this speedup on; less is within the noise
 _TOLERANCE = 1e-3  #: relative difference of outputs above which something is broken
 
@@ -90,7 +91,9 @@ def _activations(model: nn.Module, example: Batch) -> dict[nn.Module, nn.Module]
 
 
 def _layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, _CANDIDATES)]
+    """Weight layers, and max-poolings, which in a sparse network may take longer than the convolutions between them."""
+    modules = model.named_modules()
+    return [(n, m) for n, m in modules if isinstance(m, _CANDIDATES) or pool.refuses(m) is None]
 
 
 def _inputs(model: nn.Module, example: Batch) -> dict[nn.Module, Tensor]:
@@ -120,6 +123,8 @@ def _choose(
     seconds: float,
 ) -> LayerChoice:
     """Time one layer, together with the activation that could go into it, put the fastest into `model`, and say so."""
+    if not isinstance(module, _CANDIDATES):
+        return _choose_pool(model, name, module, x, seconds)
     weight: Tensor = module.weight  # type: ignore[assignment]
     sparsity = 1.0 - int(weight.count_nonzero()) / max(weight.numel(), 1)
     choice = LayerChoice(name, tuple(weight.shape), tuple(x.shape) if x is not None else None, sparsity, "dense")
@@ -145,6 +150,18 @@ def _choose(
         (where, *_) = fold.replace(model, activation, nn.Identity())
         return changed(choice, runtime=best, fused=where)
     return changed(choice, runtime=best)
+
+
+def _choose_pool(model: nn.Module, name: str, module: nn.Module, x: Tensor | None, seconds: float) -> LayerChoice:
+    choice = LayerChoice(name, (), tuple(x.shape) if x is not None else None, 0.0, "dense")
+    if x is None or x.device.type != "cpu" or not fold.is_plain(module):
+        return changed(choice, reason="the example does not call it on the CPU, or it has hooks")
+    times = compare_latency({"dense": module, _POOL: pool.SlicedMaxPool2d()}, x, seconds=seconds)
+    choice = changed(choice, dense_ms=times["dense"].latency.median_ms, sparse_ms={_POOL: times[_POOL].latency.median_ms})
+    if times[_POOL].speedup < _GAIN:
+        return changed(choice, reason=f"{_POOL} gives {times[_POOL].speedup:.2f}x")
+    fold.replace(model, module, pool.SlicedMaxPool2d())
+    return changed(choice, runtime=_POOL)
 
 
 def _with_activation(modules: dict[str, nn.Module], activation: nn.Module | None) -> dict[str, nn.Module]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from secateur.errors import ArtifactError
 from secateur.runtime import fold
 from secateur.runtime.modules import SparseConv2d, SparseLayer, SparseLinear
+from secateur.runtime.pool import SlicedMaxPool2d
 
 _KEY = "secateur.deployed"
 _VERSION = 1
@@ -28,7 +29,7 @@ def save(model: nn.Module, path: str | Path) -> None:
 
     path = Path(path)
     names = {module: name for name, module in model.named_modules()}
-    layers = {names[m]: _describe(m) for m in model.modules() if isinstance(m, SparseLayer)}
+    layers = {names[m]: _describe(m) for m in model.modules() if isinstance(m, (SparseLayer, SlicedMaxPool2d))}
     summary = getattr(model, "summary", None)
     folded = [list(pair) for pair in summary.folded] if summary else []
     state: dict[str, Tensor] = {}
@@ -79,6 +80,8 @@ def _describe(layer: nn.Module) -> dict[str, Any]:
             "values": values,
             "activation": layer.activation,
         }
+    if isinstance(layer, SlicedMaxPool2d):
+        return {"type": "pool"}
     assert isinstance(layer, SparseConv2d)
     return {
         "type": "conv2d",
@@ -105,7 +108,7 @@ def _rebuild(model: nn.Module, facts: dict[str, Any]) -> None:
         fold.replace(model, model.get_submodule(name), nn.Identity())
     for name, options in facts["layers"].items():
         options = dict(options)
-        kind = {"linear": SparseLinear, "conv2d": SparseConv2d}[options.pop("type")]
+        kind = {"linear": SparseLinear, "conv2d": SparseConv2d, "pool": SlicedMaxPool2d}[options.pop("type")]
         if "values" in options:
             options["values"] = _DTYPES[options["values"]]
         if name:
