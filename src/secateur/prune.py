@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from secateur.data.batches import Batch, Loss
 from secateur.export.artifact import check_target, save
 from secateur.job import Job, prepare
 from secateur.layers import find_layers
+from secateur.measure.latency import compare_latency
 from secateur.measure.measure import measure
 from secateur.measure.quality import Evaluate, qualities
 from secateur.patterns import Units, make_pattern
@@ -29,7 +30,7 @@ from secateur.resume import Progress
 from secateur.selection import choose, solve
 from secateur.structured import UnitJob, choose_units, cut_units, prepare_units
 from secateur.train.finetune import finetune
-from secateur.types import LayerPlan, MaskSet, Measurement, Plan, Point, Report, Result
+from secateur.types import LayerPlan, MaskSet, Measurement, Plan, Point, Report, Result, Sensitivity
 
 log = logging.getLogger("secateur")
 RecipeLike = Recipe | Mapping[str, Any] | str | Path | None
@@ -49,6 +50,7 @@ def prune(
     inplace: bool = False,
     source: str | None = None,
     before: Measurement | None = None,
+    sensitivity: Sequence[Sensitivity] = (),
     **changes: Any,
 ) -> Result:
     """Prune a trained model, repair it, and measure what that cost and won.
@@ -65,6 +67,7 @@ def prune(
         overwrite: replace `out` where it exists.
         source: where the model came from, recorded in the artifact so that `sc.load` can rebuild it.
         before: the measurement of the dense model, where it was made already (``report.before`` of another run).
+        sensitivity: what `scan` found of this model, to be shown in the report.
         changes: any key of the recipe, laid over it: ``sparsity=0.9, criterion="taylor", pattern="2:4", ...``.
 
     Returns:
@@ -90,12 +93,15 @@ def prune(
     if out is not None:
         check_target(out, overwrite=overwrite)
     if before is None:
-        before = measure(model, job.example, evaluate=evaluate)
+        before = measure(model, job.example, evaluate=evaluate, latency=inplace)
     original = {n: p.detach().clone() if inplace else p.detach() for n, p in model.named_parameters()}
     progress = Progress(out, wanted.to_toml(), model) if out is not None and _is_long(job) else None
     outcome = _carry_out(job, model, evaluate, before, progress, inplace)
-    after = measure(outcome.model, job.example, evaluate=evaluate)
+    after = measure(outcome.model, job.example, evaluate=evaluate, latency=inplace)
+    if not inplace:
+        before, after = _timed_side_by_side(model, outcome.model, job.example, before, after)
     report = _report(job, outcome, original, before, after, time.monotonic() - started)
+    report = replace(report, sensitivity=tuple(sensitivity))
     result = Result(outcome.model, outcome.masks, outcome.plan, report)
     if out is not None:
         _save(result, wanted, out, overwrite, source)
@@ -219,6 +225,16 @@ def _plan(job: Job, masks: MaskSet) -> Plan:
         if n in job.layers
     )
     return Plan(layers, (), job.skipped)
+
+
+def _timed_side_by_side(
+    model: nn.Module, pruned: nn.Module, example: Batch | None, before: Measurement, after: Measurement
+) -> tuple[Measurement, Measurement]:
+    """Latency of both, taking turns run by run: what disturbs the machine disturbs both alike."""
+    if example is None:
+        return before, after
+    found = compare_latency({"before": model, "after": pruned}, example)
+    return replace(before, latency=found["before"].latency), replace(after, latency=found["after"].latency)
 
 
 def _report(

@@ -10,7 +10,7 @@ import typer
 
 import secateur
 from secateur.cli import demo, doctor, inspect, measure, methods, plan, prune, report, scan
-from secateur.errors import SecateurError
+from secateur.errors import Interrupted, SecateurError
 
 HELP = """Make trained neural networks smaller and faster, and prove what that cost.
 
@@ -49,6 +49,9 @@ def run() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     try:
         app()
+    except Interrupted as error:
+        typer.secho(f"secateur: {error} The same command goes on from there.", err=True, fg="yellow")
+        raise SystemExit(130) from None
     except SecateurError as error:
         typer.secho(f"secateur: {error}", err=True, fg="red")
         raise SystemExit(1) from None

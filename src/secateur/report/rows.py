@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from secateur.report import format as fmt
 from secateur.report.metric import Metric, main_metric, metric_named
@@ -174,10 +174,25 @@ def comparison_rows(reports: Sequence[Report]) -> ComparisonTable:
     labels = dict.fromkeys(label for table in tables for label in table)
     lines = []
     for label in labels:
-        found = [table.get(label) for table in tables]
+        found = [_without_spread(table.get(label)) for table in tables]
         first = next(row for row in found if row is not None)
-        lines.append((label, first.before, tuple(found)))
+        lines.append((first.label, first.before, tuple(_with_own_start(row, first.before) for row in found)))
     return ComparisonTable(tuple(fmt.printable(t) for t in titles(reports)), tuple(lines))
+
+
+def _without_spread(row: Row | None) -> Row | None:
+    """The row without quartiles, for which a table of several runs has no room; each run's own page has them."""
+    if row is None or row.label != LATENCY:
+        return row
+    before, after = (text.partition(" (")[0] for text in (row.before, row.after))
+    return replace(row, label="Latency, median", before=before, after=after)
+
+
+def _with_own_start(row: Row | None, shown: str) -> Row | None:
+    """The row, saying in its change what it started from where that is not what the table shows for all runs."""
+    if row is None or row.before == shown or not row.change:
+        return row
+    return replace(row, change=f"{row.change}, from {row.before}")
 
 
 def comparison_points(reports: Sequence[Report]) -> tuple[Point, ...]:
