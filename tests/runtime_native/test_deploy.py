@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from secateur.errors import ArtifactError, UnknownName
-from secateur.runtime import RUNTIMES, SparseConv2d, SparseLinear, deploy, fold, load, save
+from secateur.runtime import RUNTIMES, SparseConv2d, SparseLinear, deploy, fold, load, native, save
 from secateur.runtime.pool import SlicedMaxPool2d
 
 
@@ -263,3 +263,16 @@ def test_max_pooling_is_sliced_only_where_it_is_the_same(tmp_path):
     assert isinstance(fast[0], SlicedMaxPool2d) == (fast.summary.layers[0].runtime != "dense")
     save(fast, tmp_path / "fast.safetensors")
     assert torch.equal(load(tmp_path / "fast.safetensors", make())(x), fast(x))
+
+
+def test_without_the_compiled_kernels_the_reason_is_given(monkeypatch):
+    model, x = prune(nn.Sequential(nn.Linear(512, 512)), 0.95), torch.randn(64, 512)
+    layer = SparseLinear.from_dense(model[0].weight, model[0].bias)
+    monkeypatch.setattr(native, "_extension", None)
+    monkeypatch.setattr(native, "_REASON", "the compiled kernels are not installed (no such file)")
+    fast = deploy(model, x, seconds=0.01)
+    assert "not installed" in fast.summary.layers[0].reason
+    assert fast.summary.layers[0].runtime == "dense"
+    assert native.instruction_sets() == ()
+    with pytest.raises(native.NoKernels, match="not installed"):
+        layer(x)

@@ -7,15 +7,9 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from secateur.runtime.formats.two_four import breaks_two_of_four
+
 _MULTIPLE = {torch.float16: (32, 64), torch.bfloat16: (32, 64), torch.int8: (32, 128), torch.float32: (32, 32)}
-
-
-def breaks_two_of_four(weight: Tensor) -> str | None:
-    """Why ``weight [out, in]`` is not 2:4 along its inputs, or None where at most 2 of every 4 are nonzero."""
-    if weight.dim() != 2 or weight.shape[1] % 4:
-        return f"its shape {tuple(weight.shape)} has no whole groups of 4 inputs"
-    crowded = int(((weight != 0).reshape(-1, 4).sum(dim=1) > 2).sum())
-    return f"{crowded} of {weight.numel() // 4} groups of 4 inputs keep more than 2" if crowded else None
 
 
 class SemiStructuredRuntime:
