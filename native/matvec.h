@@ -16,41 +16,44 @@ namespace secateur::SECATEUR_ISA {
 
 // How stored values become floats: a vector at a time, and one.
 struct F32 {
-    static SECATEUR_INLINE float one(const char* base, int64_t at) { return reinterpret_cast<const float*>(base)[at]; }
+    static constexpr int bytes = 4;
+    static SECATEUR_INLINE float one(const char* p) { return *reinterpret_cast<const float*>(p); }
 #if defined(__AVX2__)
-    static SECATEUR_INLINE vec many(const char* base, int64_t at) { return load(reinterpret_cast<const float*>(base) + at); }
+    static SECATEUR_INLINE vec many(const char* p) { return load(reinterpret_cast<const float*>(p)); }
 #endif
 };
 
 struct BF16 {
-    static SECATEUR_INLINE float one(const char* base, int64_t at) {
-        const uint32_t bits = static_cast<uint32_t>(reinterpret_cast<const uint16_t*>(base)[at]) << 16;
+    static constexpr int bytes = 2;
+    static SECATEUR_INLINE float one(const char* p) {
+        const uint32_t bits = static_cast<uint32_t>(*reinterpret_cast<const uint16_t*>(p)) << 16;
         float x;
         std::memcpy(&x, &bits, 4);
         return x;
     }
 #if defined(__AVX512F__)
-    static SECATEUR_INLINE vec many(const char* base, int64_t at) {
-        const __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(base + at * 2));
+    static SECATEUR_INLINE vec many(const char* p) {
+        const __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
         return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16));
     }
 #elif defined(__AVX2__)
-    static SECATEUR_INLINE vec many(const char* base, int64_t at) {
-        const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(base + at * 2));
+    static SECATEUR_INLINE vec many(const char* p) {
+        const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
         return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(raw), 16));
     }
 #endif
 };
 
 struct I8 {
-    static SECATEUR_INLINE float one(const char* base, int64_t at) { return reinterpret_cast<const int8_t*>(base)[at]; }
+    static constexpr int bytes = 1;
+    static SECATEUR_INLINE float one(const char* p) { return *reinterpret_cast<const int8_t*>(p); }
 #if defined(__AVX512F__)
-    static SECATEUR_INLINE vec many(const char* base, int64_t at) {
-        return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(base + at))));
+    static SECATEUR_INLINE vec many(const char* p) {
+        return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
     }
 #elif defined(__AVX2__)
-    static SECATEUR_INLINE vec many(const char* base, int64_t at) {
-        return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(base + at))));
+    static SECATEUR_INLINE vec many(const char* p) {
+        return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
     }
 #endif
 };
@@ -79,38 +82,38 @@ SECATEUR_INLINE vec spread(vec values, uint32_t bits) {
 }
 #endif
 
-// The products of one mask word, whose values start at `at`, added to the sums. Returns where the next word's values start.
+// The products of one mask word with its values added to the sums. Returns where the next word's values start.
 #if defined(__AVX2__)
 constexpr int kSums = 4;
 using sum_t = vec;
 
 template <class T, int B>
-SECATEUR_INLINE int64_t add_word(const uint64_t* mask, const char* values, int64_t at, const float* x, int64_t stride, sum_t (&sum)[B][kSums]) {
+SECATEUR_INLINE const char* add_word(const uint64_t* mask, const char* values, const float* x, int64_t stride, sum_t (&sum)[B][kSums]) {
 #pragma GCC unroll 16
     for (int p = 0; p < 64 / W; ++p) {
         uint32_t bits = 0;
         std::memcpy(&bits, reinterpret_cast<const char*>(mask) + p * W / 8, W / 8);
         asm("" : "+r"(bits));  // or GCC counts in 16-bit registers, whose upper halves chain each count to the one before
-        const vec w = spread(T::many(values, at), bits);
-        at += __builtin_popcount(bits);
+        const vec w = spread(T::many(values), bits);
+        values += static_cast<int64_t>(__builtin_popcount(bits)) * T::bytes;
 #pragma GCC unroll 16
         for (int b = 0; b < B; ++b) sum[b][p % kSums] += w * load(x + b * stride + p * W);
     }
-    return at;
+    return values;
 }
 #else
 constexpr int kSums = 1;
 using sum_t = float;
 
 template <class T, int B>
-SECATEUR_INLINE int64_t add_word(const uint64_t* mask, const char* values, int64_t at, const float* x, int64_t stride, sum_t (&sum)[B][kSums]) {
-    for (uint64_t bits = *mask; bits; bits &= bits - 1, ++at) {
-        const float w = T::one(values, at);
+SECATEUR_INLINE const char* add_word(const uint64_t* mask, const char* values, const float* x, int64_t stride, sum_t (&sum)[B][kSums]) {
+    for (uint64_t bits = *mask; bits; bits &= bits - 1, values += T::bytes) {
+        const float w = T::one(values);
         const float* column = x + __builtin_ctzll(bits);
 #pragma GCC unroll 16
         for (int b = 0; b < B; ++b) sum[b][0] += w * column[b * stride];
     }
-    return at;
+    return values;
 }
 #endif
 
@@ -127,17 +130,16 @@ SECATEUR_INLINE float total(vec sum) {
 template <class T, int B>
 void matvec_rows(const MatVec& job, const float* x, int64_t row, int64_t rows) {
     const Bits& weight = *job.weight;
-    const char* values = weight.at<char>(weight.value_at);
     for (int64_t r = row; r < row + rows; ++r) {
         const uint64_t* mask = weight.mask() + r * weight.words;
-        int64_t at = weight.start()[r];
+        const char* values = weight.at<char>(weight.value_at) + weight.start()[r] * T::bytes;
         sum_t sum[B][kSums];
 #pragma GCC unroll 16
         for (int b = 0; b < B; ++b)
 #pragma GCC unroll 16
             for (int s = 0; s < kSums; ++s) sum[b][s] = sum_t{};
         for (int64_t word = 0; word < weight.words; ++word)
-            at = add_word<T, B>(mask + word, values, at, x + word * 64, job.x_stride, sum);
+            values = add_word<T, B>(mask + word, values, x + word * 64, job.x_stride, sum);
         const float scale = weight.type == ValueType::int8 ? weight.scale()[r] : 1.f;
         const float bias = job.bias ? job.bias[r] : 0.f;
 #pragma GCC unroll 16

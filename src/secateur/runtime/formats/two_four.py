@@ -34,11 +34,12 @@ def to_two_four(dense: Tensor) -> TwoFour:
     """
     if reason := breaks_two_of_four(dense):
         raise LayerError(f"the weight cannot be kept as 2:4: {reason}")
-    groups = dense.detach().reshape(dense.shape[0], -1, 4)
+    groups = dense.detach().reshape(dense.shape[0], dense.shape[1] // 4, 4)
     # A stable sort puts the kept ones first; the two places are then brought into ascending order.
     places = (groups == 0).to(torch.uint8).argsort(dim=2, stable=True)[..., :2].sort(dim=2).values
     positions = places[..., 0] | places[..., 1] << 2
-    return TwoFour(groups.gather(2, places).reshape(dense.shape[0], -1), positions.to(torch.uint8))
+    values = groups.gather(2, places).reshape(dense.shape[0], dense.shape[1] // 2)
+    return TwoFour(values, positions.to(torch.uint8))
 
 
 def from_two_four(form: TwoFour) -> Tensor:
