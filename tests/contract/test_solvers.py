@@ -12,7 +12,6 @@ import secateur as sc
 from secateur.errors import PatternError
 from secateur.solvers import SOLVERS
 
-
 #: A solver that removes one weight after the other has no blocks, and says so.
 REFUSED = {("obc", "4x1")}
 
