@@ -20,9 +20,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from zoo import _placeholders
 
 from secateur.graph import choose_groups, cut, make_plan, select, trace, unit_scores
+from secateur.models.torchvision_shim import prepare_torchvision
 
 
 def llama() -> tuple[nn.Module, Any]:
@@ -113,7 +113,7 @@ def main() -> None:
     options = parser.parse_args()
     logging.disable(logging.WARNING)
     warnings.filterwarnings("ignore")
-    _placeholders()
+    prepare_torchvision()
     torch.set_num_threads(1)
     out = sys.stdout
     out.write(f"torch {torch.__version__}, float32, cpu, 1 thread, fastest of {options.repeats}\n\n")

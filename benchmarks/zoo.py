@@ -24,6 +24,7 @@ from zoo_hf import FAMILIES, build
 
 from secateur.graph import choose_groups, cut, difference, make_plan, select, trace, unit_scores
 from secateur.graph.trace import arguments, tensors_in
+from secateur.models.torchvision_shim import prepare_torchvision
 
 KINDS = {
     "torchvision": ("channel", "neuron", "head"),
@@ -34,7 +35,7 @@ KINDS = {
 
 def torchvision_models() -> Iterator[tuple[str, Callable[[], tuple[nn.Module, Any]]]]:
     """Classification, segmentation and video architectures of torchvision."""
-    _placeholders()
+    prepare_torchvision()
     import torchvision
     from torchvision import models
 
@@ -60,7 +61,7 @@ def torchvision_models() -> Iterator[tuple[str, Callable[[], tuple[nn.Module, An
 
 def timm_models() -> Iterator[tuple[str, Callable[[], tuple[nn.Module, Any]]]]:
     """Up to six architectures of every family of timm, none of more than 120 million parameters."""
-    _placeholders()
+    prepare_torchvision()
     import timm
 
     def make(name: str) -> tuple[nn.Module, Any]:
@@ -99,7 +100,7 @@ def timm_models() -> Iterator[tuple[str, Callable[[], tuple[nn.Module, Any]]]]:
 
 def hf_models() -> Iterator[tuple[str, Callable[[], tuple[nn.Module, Any]]]]:
     """Families of transformers in small configurations."""
-    _placeholders()
+    prepare_torchvision()
     for name in FAMILIES:
         yield name, lambda n=name: build(n)
 
@@ -162,18 +163,6 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
-
-
-def _placeholders() -> None:
-    """Operators that torchvision expects of its own C++ library, which a CPU-only torch does not have."""
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    for name in ("nms", "qnms"):
-        if not hasattr(torch.ops.torchvision, name):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    _KEEP.append(library)
-
-
-_KEEP: list[Any] = []
 
 
 def main() -> None:
