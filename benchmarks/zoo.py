@@ -152,9 +152,11 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
         remarks = "; ".join([*r.get("notes", []), *(f"no rule: {u}" for u in r.get("unknown", [])), r.get("reason", "")])
         share = f"{r['left'] / r['parameters']:.0%}" if r.get("left") else "-"
         error = f"{r['error']:.0e}" if "error" in r else "-"
+        units = ", ".join(f"{n} {kind}" for kind, n in r.get("units", {}).items() if n)
         cells = [
             name,
             r["result"],
+            units,
             f"{r.get('parameters', 0):,}",
             share,
             error,
