@@ -142,12 +142,8 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
     """The rows as Markdown, with the counts above."""
     passed = {p: [r["result"] == "pass" for n, r in rows.items() if n.startswith(p)] for p in KINDS}
     summary = ", ".join(f"{p} {sum(ok)} of {len(ok)}" for p, ok in passed.items() if ok)
-    lines = [
-        f"Pass: {summary}.",
-        "",
-        "| model | result | parameters | left | error | seconds | remarks |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    columns = ("model", "result", "units", "parameters", "left", "error", "seconds", "remarks")
+    lines = [f"Pass: {summary}.", "", "| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     for name, r in rows.items():
         remarks = "; ".join([*r.get("notes", []), *(f"no rule: {u}" for u in r.get("unknown", [])), r.get("reason", "")])
         share = f"{r['left'] / r['parameters']:.0%}" if r.get("left") else "-"
