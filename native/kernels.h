@@ -61,9 +61,4 @@ struct Kernels {
     void (*matvec)(const MatVec&, int64_t row, int64_t rows);
 };
 
-// Null where the set was not compiled in or this machine lacks it.
-const Kernels* kernels_baseline();
-const Kernels* kernels_avx2();
-const Kernels* kernels_avx512();
-
 }  // namespace secateur

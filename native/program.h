@@ -32,7 +32,7 @@ struct Run {
 };
 
 struct Program {
-    uint32_t magic, bytes_high;
+    uint32_t magic, reserved;
     int64_t bytes;                      // of the whole buffer
     int64_t rows, cols;                 // dense shape: all rows, columns of one group
     int32_t groups, block_rows, block_cols;
