@@ -73,7 +73,7 @@ def grid_table(dense: float, dense_norms: float, pairs: dict) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="magnitude at 30% on 200 images, printed and not kept")
+    parser.add_argument("--quick", action="store_true", help="magnitude at 30%% on 200 images, printed and not kept")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     started = time.monotonic()
