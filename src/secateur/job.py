@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from secateur.data.batches import Batch, Batches, Loss
-from secateur.errors import LayerError, RecipeError
-from secateur.layers import Layer, check_finite, find_layers
+from secateur.errors import RecipeError
+from secateur.layers import Layer
 from secateur.recipe import Recipe
 from secateur.schedules import make_schedule
-from secateur.selection import Method, fitting, resolve, target_sparsity
+from secateur.selection import Method, prunable, resolve, target_sparsity
 from secateur.stats import Calibration, collect
 from secateur.stats.blocks import grams_in_turn
 from secateur.types import Need, Schedule
@@ -78,28 +78,13 @@ def prepare(
         solver=recipe.solver,
     )
     sparsity = target_sparsity(recipe.sparsity, method.pattern)
-    found, skipped = find_layers(model, layers=recipe.layers, ignore=recipe.ignore)
-    layers, refused = fitting(found, method.pattern)
-    _check_layers(recipe, method, layers, skipped, refused)
-    check_finite(layers.values())
+    layers, skipped = prunable(model, method.pattern, layers=recipe.layers, ignore=recipe.ignore)
     batches = None if data is None else Batches(data)
     training = batches if train is None else Batches(train)
     check_data(recipe, method.criterion_name, method.needs | method.solver_needs, batches, training)
     if example is None and batches is not None:
         example = next(iter(batches))
-    skipped = {**skipped, **refused}
     return Job(recipe, method, sparsity, _schedule(recipe), layers, skipped, batches, training, loss, example)
-
-
-def _check_layers(
-    recipe: Recipe, method: Method, layers: dict[str, Layer], skipped: dict[str, str], refused: dict[str, str]
-) -> None:
-    if refused and recipe.layers is not None:
-        name, why = next(iter(refused.items()))
-        raise LayerError(f"the layer {name!r} was asked for, but cannot have pattern {method.pattern.name}: {why}")
-    if not layers:
-        reasons = "; ".join(f"{n}: {r}" for n, r in list({**skipped, **refused}.items())[:5])
-        raise LayerError(f"there is nothing to prune. {reasons or 'The model has no linear, convolution or recurrent layer'}.")
 
 
 def check_data(recipe: Recipe, criterion: str, needs: Collection[Need], batches: Batches | None, train: Batches | None) -> None:

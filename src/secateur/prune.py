@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from secateur.selection import choose, solve
 from secateur.solved import SolvedSoFar
 from secateur.structured import UnitJob, choose_units, cut_units, prepare_units
 from secateur.train.finetune import finetune
-from secateur.types import LayerPlan, MaskSet, Measurement, Plan, Point, Report, Result, Solved
+from secateur.types import LayerPlan, MaskSet, Measurement, Plan, Point, Report, Result, Sensitivity, Solved
 
 log = logging.getLogger("secateur")
 RecipeLike = Recipe | Mapping[str, Any] | str | Path | None
@@ -51,6 +51,7 @@ def prune(
     inplace: bool = False,
     source: str | None = None,
     before: Measurement | None = None,
+    sensitivity: Sequence[Sensitivity] = (),
     **changes: Any,
 ) -> Result:
     """Prune a trained model, repair it, and measure what that cost and won.
@@ -67,6 +68,7 @@ def prune(
         overwrite: replace `out` where it exists.
         source: where the model came from, recorded in the artifact so that `sc.load` can rebuild it.
         before: the measurement of the dense model, where it was made already (``report.before`` of another run).
+        sensitivity: what `scan` found of this model, to be shown in the report.
         changes: any key of the recipe, laid over it: ``sparsity=0.9, criterion="taylor", pattern="2:4", ...``.
 
     Returns:
@@ -100,6 +102,7 @@ def prune(
     if not inplace:
         before, after = _timed_side_by_side(model, outcome.model, job.example, before, after)
     report = _report(job, outcome, original, before, after, time.monotonic() - started)
+    report = replace(report, sensitivity=tuple(sensitivity))
     result = Result(outcome.model, outcome.masks, outcome.plan, report)
     if out is not None:
         _save(result, wanted, out, overwrite, source)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import IntTensor, Tensor
+from torch import IntTensor, Tensor, nn
 
 from secateur.allocation import ALLOCATIONS
 from secateur.criteria import CRITERIA
 from secateur.errors import LayerError, NonFiniteError, RecipeError
-from secateur.layers import Layer, non_finite_message
+from secateur.layers import Layer, check_finite, find_layers, non_finite_message
 from secateur.patterns import REDUCTIONS, Units, make_pattern, reduce
 from secateur.quadratic import output_error
 from secateur.registry import Named, bind
@@ -82,11 +82,26 @@ def target_sparsity(sparsity: object, pattern: Pattern) -> float:
     return pattern.sparsity
 
 
-def fitting(layers: Mapping[str, Layer], pattern: Pattern) -> tuple[dict[str, Layer], dict[str, str]]:
-    """The layers whose shape can have the pattern, and for each other one the reason why not."""
-    refusals = {n: pattern.refuses(layer.shape) for n, layer in layers.items()}
-    fit = {n: layer for n, layer in layers.items() if refusals[n] is None}
-    return fit, {n: r for n, r in refusals.items() if r is not None}
+def prunable(
+    model: nn.Module, pattern: Pattern, *, layers: Sequence[str] | None = None, ignore: Sequence[str] = ()
+) -> tuple[dict[str, Layer], dict[str, str]]:
+    """The layers to prune, and for each one that is left alone the reason: among them that its shape cannot have the pattern.
+
+    Raises LayerError where none is left, and where a layer that `layers` asks for cannot have the pattern; UnknownName for
+    names that match nothing; NonFiniteError for NaN or infinite weights.
+    """
+    found, skipped = find_layers(model, layers=layers, ignore=ignore)
+    refusals = {n: pattern.refuses(layer.shape) for n, layer in found.items()}
+    refused = {n: reason for n, reason in refusals.items() if reason is not None}
+    if refused and layers is not None:
+        name, why = next(iter(refused.items()))
+        raise LayerError(f"the layer {name!r} was asked for, but cannot have pattern {pattern.name}: {why}")
+    fit = {n: layer for n, layer in found.items() if n not in refused}
+    if not fit:
+        reasons = "; ".join(f"{n}: {r}" for n, r in list({**skipped, **refused}.items())[:5])
+        raise LayerError(f"there is nothing to prune. {reasons or 'The model has no linear, convolution or recurrent layer'}.")
+    check_finite(fit.values())
+    return fit, {**skipped, **refused}
 
 
 class Scores(Mapping[str, UnitScores]):

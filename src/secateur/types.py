@@ -253,6 +253,7 @@ class Plan:
     cuts: tuple[Cut, ...] = ()
     skipped: Mapping[str, str] = field(default_factory=dict)  #: layer -> reason
     attributes: Mapping[str, int] = field(default_factory=dict)  #: ``module.attribute`` or ``module.attribute[i]`` -> new value
+    dropped: tuple[str, ...] = ()  #: whole blocks that are taken out, after the cuts
 
     @property
     def sparsity(self) -> float:
@@ -269,7 +270,7 @@ class Plan:
         """The plan that `to_json` wrote."""
         layers = tuple(LayerPlan(**{**p, "shape": tuple(p["shape"])}) for p in data["layers"])
         cuts = tuple(Cut(c["tensor"], int(c["dim"]), tuple(c["kept"])) for c in data["cuts"])
-        return cls(layers, cuts, dict(data["skipped"]), dict(data.get("attributes", {})))
+        return cls(layers, cuts, dict(data["skipped"]), dict(data.get("attributes", {})), tuple(data.get("dropped", ())))
 
 
 @dataclass(frozen=True)

@@ -95,6 +95,13 @@ def test_scan_is_resumed_from_its_cache(tmp_path):
     assert json.loads(secateur(*words, cwd=tmp_path)) == first
 
 
+def test_scan_curves_are_shown_in_the_report(tmp_path):
+    words = ("prune", NET, "-s", "0.5", "--test", TEST, "--scan", "--out", "run", "--json")
+    report = json.loads(secateur(*words, cwd=tmp_path))
+    assert [c["layer"] for c in report["sensitivity"]] == [layer["name"] for layer in report["layers"]]
+    assert "Sensitivity" in (tmp_path / "run" / "report.html").read_text()
+
+
 def test_methods_lists_every_registered_piece(tmp_path):
     pieces = json.loads(secateur("methods", "--json", cwd=tmp_path))
     assert {p["kind"] for p in pieces} == {"criterion", "pattern", "allocation", "schedule", "solver"}

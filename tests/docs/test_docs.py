@@ -25,7 +25,9 @@ COMMANDS = [c.name for c in app.registered_commands]
 
 
 def test_generated_pages_are_fresh():
-    done = subprocess.run([sys.executable, "tools/make_docs.py", "--check"], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "tools/make_docs.py", "--check"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -54,5 +56,7 @@ def test_every_link_of_the_docs_leads_somewhere():
 @pytest.mark.parametrize("module", MODULES)
 def test_docstring_examples_run(module):
     found = importlib.import_module(module)
-    result = doctest.testmod(found, optionflags=doctest.ELLIPSIS, extraglobs={"nn": __import__("torch").nn, "torch": __import__("torch")})
+    result = doctest.testmod(
+        found, optionflags=doctest.ELLIPSIS, extraglobs={"nn": __import__("torch").nn, "torch": __import__("torch")}
+    )
     assert result.failed == 0

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from secateur.errors import LayerError, ModelError, RecipeError
+from secateur.errors import LayerError, ModelError, RecipeError, UnknownName
 from secateur.graph import cut, make_plan, prune_channels, recut, trace
 from secateur.types import Plan
 
@@ -152,18 +152,19 @@ def test_gated_halves_lose_exactly_what_was_asked():
 class Tied(nn.Module):
     def __init__(self):
         super().__init__()
-        self.first, self.second, self.last = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 2)
+        self.stem, self.first, self.second, self.last = nn.Linear(3, 6), nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 2)
         self.second.weight = self.first.weight
 
     def forward(self, x):
-        return self.last(self.second(F.relu(self.first(x))))
+        return self.last(self.second(F.relu(self.first(self.stem(x)))))
 
 
-def test_tied_weights_stay_tied_and_what_they_touch_at_the_input_stays():
-    smaller, plan = prune_channels(Tied(), torch.randn(2, 6), 0.5)
+def test_tied_weights_stay_tied_and_are_cut_alike_on_both_sides():
+    smaller, plan = prune_channels(Tied(), torch.randn(2, 3), 0.5)
     assert smaller.first.weight is smaller.second.weight
-    assert smaller.first.weight.shape[1] == 6
-    assert "first.weight" in plan.skipped or smaller.first.weight.shape[0] < 6
+    assert smaller.first.weight.shape == (3, 3)
+    kept = {(c.tensor, c.dim): c.kept for c in plan.cuts}
+    assert kept["first.weight", 0] == kept["first.weight", 1] == kept["stem.weight", 0]
 
 
 class Twice(nn.Module):
@@ -267,6 +268,32 @@ def test_sparsity_out_of_range_is_refused(sparsity):
         prune_channels(mlp(), torch.randn(1, 6), sparsity)
 
 
+def test_nothing_to_cut_is_an_error_and_not_a_silent_copy():
+    with pytest.raises(LayerError, match="output of the model"):
+        prune_channels(nn.Linear(4, 8), torch.randn(1, 4), 0.5)
+
+
+def test_ignored_layers_stay_as_they_are_and_have_to_exist():
+    smaller, _ = prune_channels(mlp(), torch.randn(1, 6), 0.5, ignore=("4",))
+    assert smaller[4].weight.shape == (3, 10)
+    assert smaller[0].out_features == 4
+    with pytest.raises(UnknownName, match="'5'"):
+        prune_channels(mlp(), torch.randn(1, 6), 0.5, ignore=("5",))
+
+
+def test_parts_that_the_forward_does_not_use_are_named():
+    class Extra(nn.Sequential):
+        def __init__(self):
+            super().__init__(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+            self.unused = nn.ModuleList([nn.Linear(8, 3)])
+
+        def forward(self, x):
+            return self[2](self[1](self[0](x)))
+
+    _, plan = prune_channels(Extra(), torch.randn(1, 4), 0.5)
+    assert "does not use" in plan.skipped["unused.0.weight"]
+
+
 def test_round_to_and_min_width():
     model = nn.Sequential(nn.Linear(4, 24), nn.ReLU(), nn.Linear(24, 2))
     assert prune_channels(model, torch.randn(1, 4), 0.5, round_to=16)[0][0].out_features == 16
@@ -284,14 +311,14 @@ def test_global_scope_takes_from_where_scores_are_low():
 def test_emptying_a_layer_is_refused_by_name():
     model, x = mlp(), torch.randn(1, 6)
     graph = trace(model, x)
-    with pytest.raises(LayerError, match="0.weight"):
+    with pytest.raises(LayerError, match=r"0\.weight"):
         make_plan(graph, model, {0: range(8)})
 
 
 def test_plan_of_another_model_is_refused():
     model, x = mlp(), torch.randn(1, 6)
     _, plan = prune_channels(model, x, 0.5)
-    with pytest.raises(ModelError, match="0.weight"):
+    with pytest.raises(ModelError, match=r"0\.weight"):
         cut(nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 10), nn.GELU(), nn.Linear(10, 3)), plan)
     with pytest.raises(ModelError, match="another model"):
         cut(nn.Linear(6, 3), plan)
@@ -317,6 +344,21 @@ def test_forward_that_reads_values_is_traced_on_real_tensors_and_says_so():
     assert graph.units()
 
 
+def test_a_cut_that_would_send_the_forward_another_way_is_refused():
+    class Branches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 2)
+
+        def forward(self, x):
+            y = self.a(x)
+            return self.b(F.relu(y) if y.shape[-1] > 5 else y)
+
+    prune_channels(Branches(), torch.randn(2, 4), 0.25)
+    with pytest.raises(LayerError, match="would be 4 > 5"):
+        prune_channels(Branches(), torch.randn(2, 4), 0.5)
+
+
 @settings(max_examples=15)
 @given(st.integers(1, 3), st.integers(1, 4), st.sampled_from([1, 2, 4]), st.booleans(), st.integers(0, 10**6))
 def test_grouped_convolutions(multiplier, width, groups, transposed, seed):
@@ -324,8 +366,10 @@ def test_grouped_convolutions(multiplier, width, groups, transposed, seed):
     channels = groups * width * 2
     kind = nn.ConvTranspose2d if transposed else nn.Conv2d
     model = nn.Sequential(
-        nn.Conv2d(3, channels, 1), kind(channels, channels * multiplier, 3, groups=groups), nn.BatchNorm2d(channels * multiplier),
+        nn.Conv2d(3, channels, 1),
+        kind(channels, channels * multiplier, 3, groups=groups),
+        nn.BatchNorm2d(channels * multiplier),
         nn.Conv2d(channels * multiplier, 4, 1),
-    )  # fmt: skip
+    )
     smaller, _ = prune_channels(model, torch.randn(1, 3, 5, 5), 0.5)
     assert smaller[0].out_channels < channels

@@ -224,7 +224,7 @@ def test_progress_and_a_warning_before_long_work(tmp_path, monkeypatch, caplog):
         ({"sparsities": []}, RecipeError, "holds none"),
         ({"criterion": "magnitud"}, UnknownName, "Did you mean 'magnitude'"),
         ({"layers": ["9"]}, UnknownName, "unknown layer"),
-        ({"ignore": ["*"]}, LayerError, "nothing to scan"),
+        ({"ignore": ["*"]}, LayerError, "nothing to prune"),
         ({"layers": ["0"], "pattern": "2:4"}, LayerError, "0.weight"),
         (
             {"evaluate": lambda m: {"b" if (m[2].weight == 0).any() else "a": 1}},

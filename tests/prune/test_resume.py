@@ -27,7 +27,9 @@ print("done", flush=True)
 
 
 def start(out: Path) -> subprocess.Popen:
-    process = subprocess.Popen([sys.executable, "-c", CODE, str(out)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", CODE, str(out)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     assert process.stdout.readline().strip() == "ready"
     return process
 

@@ -46,7 +46,9 @@ def _options(
 
 def run() -> None:
     """Run the command line and leave with its status: 0 done, 1 the input's fault, 2 bad usage, 130 interrupted."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    remarks = logging.StreamHandler(sys.stderr)
+    remarks.setFormatter(logging.Formatter("secateur: %(message)s"))
+    logging.getLogger("secateur").addHandler(remarks)
     try:
         app()
     except Interrupted as error:

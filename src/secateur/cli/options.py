@@ -176,6 +176,12 @@ Optimizer = Annotated[
     str | None,
     typer.Option("--optimizer", help="adamw (default) or sgd.", show_default=False, rich_help_panel=METHOD),
 ]
+Scan = Annotated[
+    bool,
+    typer.Option(
+        "--scan", help="Also measure how much each layer bears, and show the curves in the report.", rich_help_panel=RUN
+    ),
+]
 Out = Annotated[
     Path | None,
     typer.Option("--out", "-o", help="Directory to write: weights, recipe, report.", show_default=False, rich_help_panel=RUN),

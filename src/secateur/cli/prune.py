@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from secateur.cli import options as o
 from secateur.cli.console import err, out, print_json, progress_bars
-from secateur.errors import RecipeError
+from secateur.cli.scan import CACHE as SCAN_CACHE
+from secateur.cli.scan import SPARSITIES as SCANNED
+from secateur.errors import DataError, RecipeError
 
 if TYPE_CHECKING:
     from secateur.cli.sources import Inputs
@@ -41,6 +43,7 @@ def command(
     evaluate: o.Evaluate = None,
     batch_size: o.BatchSize = 32,
     limit: o.Limit = None,
+    scan: o.Scan = False,
     to: o.Out = None,
     overwrite: o.Overwrite = False,
     threads: o.Threads = None,
@@ -65,7 +68,7 @@ def command(
         inputs = load_inputs(
             model, data=data, train=train, test=test, evaluate=evaluate, batch_size=batch_size, limit=limit, threads=threads
         )
-        reports = run(inputs, recipes, to, overwrite)
+        reports = run(inputs, recipes, to, overwrite, sensitivity(inputs, recipes[0]) if scan else ())
     show(reports, to, json)
 
 
@@ -77,7 +80,20 @@ def variants(common: Recipe, sparsities: list[float], criteria: list[str]) -> li
     return [Recipe.make(common, criterion=c, sparsity=s) for c, s in choices]
 
 
-def run(inputs: Inputs, recipes: list[Recipe], to: Path | None, overwrite: bool) -> list[Any]:
+def sensitivity(inputs: Inputs, recipe: Recipe) -> Any:
+    """How much each layer bears of the recipe's criterion and pattern, for the report."""
+    import secateur as sc
+
+    if inputs.evaluate is None:
+        raise DataError("--scan measures quality: give --test (batches with labels) or --evaluate (your own measure)")
+    return sc.scan(
+        inputs.loaded.model, evaluate=inputs.evaluate, data=inputs.data, criterion=recipe.criterion, pattern=recipe.pattern,
+        sparsities=SCANNED if ":" not in str(recipe.pattern) else None, reduction=recipe.reduction, layers=recipe.layers,
+        ignore=recipe.ignore, seed=recipe.seed, cache=SCAN_CACHE,
+    )  # fmt: skip
+
+
+def run(inputs: Inputs, recipes: list[Recipe], to: Path | None, overwrite: bool, curves: Any) -> list[Any]:
     """Carry out the recipes one after another; the dense model is measured once. Several are written below `to`."""
     import secateur as sc
 
@@ -88,7 +104,7 @@ def run(inputs: Inputs, recipes: list[Recipe], to: Path | None, overwrite: bool)
     for recipe, folder in zip(recipes, folders, strict=True):
         result = sc.prune(
             inputs.loaded.model, recipe, data=inputs.data, train=inputs.train, evaluate=inputs.evaluate, example=inputs.example,
-            out=folder, overwrite=overwrite, source=inputs.loaded.source, before=before,
+            out=folder, overwrite=overwrite, source=inputs.loaded.source, before=before, sensitivity=curves,
         )  # fmt: skip
         before = result.report.before
         reports.append(result.report)

@@ -11,6 +11,8 @@ from secateur.cli import options as o
 from secateur.cli.console import err, out, print_json, progress_bars
 
 NEEDS_ARGUMENTS = True
+CACHE = Path("runs/scan")
+SPARSITIES = (0.3, 0.5, 0.7, 0.9)
 
 
 def command(
@@ -19,7 +21,7 @@ def command(
     evaluate: o.Evaluate = None,
     sparsity: Annotated[
         str, typer.Option("--sparsity", "-s", help="Sparsities to try on each layer.", rich_help_panel=o.METHOD)
-    ] = "0.3,0.5,0.7,0.9",
+    ] = ",".join(map(str, SPARSITIES)),
     criterion: o.OneCriterion = None,
     pattern: o.Pattern = None,
     reduction: o.Reduction = None,
@@ -36,7 +38,7 @@ def command(
             help="Directory that keeps finished measurements; a scan that was stopped goes on from it.",
             rich_help_panel=o.RUN,
         ),
-    ] = Path("runs/scan"),
+    ] = CACHE,
     threads: o.Threads = None,
     json: o.Json = False,
 ) -> None:

@@ -1,5 +1,7 @@
 """Structural pruning: trace, couple, cut. Which slices live or die together, and removing them for real."""
 
+from secateur.graph.blocks import block_importance, drop_blocks, plan_without, removable_blocks
+from secateur.graph.config import fit_config
 from secateur.graph.cut import cut, recut
 from secateur.graph.graph import Graph, Group, Member, trace
 from secateur.graph.prune import choose_groups, make_plan, prune_channels, select, unit_scores
@@ -10,13 +12,18 @@ __all__ = [
     "Graph",
     "Group",
     "Member",
+    "block_importance",
     "choose_groups",
     "cut",
     "difference",
+    "drop_blocks",
+    "fit_config",
     "make_plan",
     "masked_output",
+    "plan_without",
     "prune_channels",
     "recut",
+    "removable_blocks",
     "rule",
     "select",
     "trace",

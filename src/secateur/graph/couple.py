@@ -160,6 +160,15 @@ class Coupler:
             for d, size in enumerate(shape):
                 if isinstance(size, int) and size != -1:
                     equal(out, d, size)
+        elif call.name == "repeat" and isinstance(out, Value):
+            counts = call.args[1:] if isinstance(call.args[1], int) else call.args[1]
+            x = call.args[0]
+            for d, size in enumerate(counts):
+                handled.append(size)
+                own, source = self.labels_of(out)[d], d - out.ndim + x.ndim
+                if own is not None:
+                    times = ("*", sizes.expr(size), ("dim", x, source)) if source >= 0 else sizes.expr(size)
+                    self.equations.append(Equation(("count", own), times, call.module))
         elif call.name == "unflatten" and isinstance(out, Value):
             dim, parts = call.argument(1, "dim"), call.argument(2, "sizes")
             for d, size in enumerate(parts):

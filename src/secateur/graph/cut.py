@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import ModelError
+from secateur.graph.blocks import drop
 from secateur.types import Plan
 
 _INDEXED = re.compile(r"(.*)\[(\d+)\]$")
@@ -46,6 +47,7 @@ def cut(model: nn.Module, plan: Plan, *, inplace: bool = False) -> nn.Module:
         set_attribute(model, name, value)
     for module in model.modules():
         refresh(module)
+    drop(model, plan.dropped)
     return model
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,10 +12,12 @@ from numpy.typing import NDArray
 from torch import nn
 
 from secateur.graph.couple import Coupler
-from secateur.graph.equations import Equation, attributes_in, counts_in, solve
+from secateur.graph.equations import Equation, attributes_in, counts_in, evaluate, solve, text
 from secateur.graph.labels import KEPT, Array, Labels
+from secateur.graph.sizes import COMPARISONS
 from secateur.graph.trace import Recording, Value, record
 
+_DIGITS = re.compile(r"\d+")
 KINDS = ("channel", "neuron", "head", "head_dim", "width")
 
 
@@ -26,6 +29,7 @@ class Member:
     dim: int
     indices: Array
     units: Array
+    role: int = 0  #: which factor of the dimension the units are, where it is a product
 
 
 @dataclass(eq=False)
@@ -49,6 +53,11 @@ class Group:
     def name(self) -> str:
         """The first tensor the units belong to."""
         return self.members[0].tensor
+
+    @property
+    def shape(self) -> tuple[Any, ...]:
+        """Equal for groups that do the same in different blocks of a network."""
+        return (self.kind, self.units, *((_DIGITS.sub("#", m.tensor), m.dim, m.role) for m in self.members))
 
     def __repr__(self) -> str:
         where = ", ".join(f"{m.tensor}:{m.dim}" for m in self.members[:4]) + (", ..." if len(self.members) > 4 else "")
@@ -80,17 +89,16 @@ class Graph:
 
     def removed_indices(self, removed: NDArray[np.bool_]) -> dict[tuple[str, int], Array]:
         """``removed [labels]`` flags of leaves -> for each (tensor, dim) the indices that go."""
-        gone = removed[self._pairs.leaf]
-        out: dict[tuple[str, int], Array] = {}
-        for at in np.unique(self._pairs.where[gone]).tolist():
-            rows = gone & (self._pairs.where == at)
-            out[self._where[at]] = np.unique(self._pairs.index[rows])
-        return out
+        gone = np.flatnonzero(removed[self._pairs.leaf])
+        where, index = self._pairs.where[gone], self._pairs.index[gone]
+        edges = np.flatnonzero(np.diff(where)) + 1
+        parts = np.split(index, edges) if len(index) else []
+        return {self._where[where[at]]: distinct(part) for at, part in zip([0, *edges.tolist()], parts, strict=False)}
 
     def count(self, labels: Array, removed: NDArray[np.bool_]) -> int:
         """How many of `labels` are kept."""
         index, leaf = self._expanded(labels)
-        return len(labels) - len(np.unique(index[removed[leaf]]))
+        return len(labels) - len(distinct(index[removed[leaf]]))
 
     def mask(self, labels: Array, removed: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """Which of `labels` are kept."""
@@ -115,6 +123,15 @@ class Graph:
         found, wrong = solve(chosen, old, lambda labels: self.count(labels, removed))
         return {name: n for name, n in found.items() if n != old[name]}, wrong
 
+    def other_path(self, removed: NDArray[np.bool_], attributes: dict[str, int]) -> str | None:
+        """The first comparison of sizes in the forward that would come out otherwise after a cut."""
+        old = self.recording.sizes.old
+        for left, symbol, right, result, module in self.recording.sizes.conditions:
+            a, b = (evaluate(e, attributes, old, lambda labels: self.count(labels, removed)) for e in (left, right))
+            if COMPARISONS[symbol](a, b) != result:
+                return f"{text(left)} {symbol} {text(right)} in {module or 'the model itself'}, which would be {a} {symbol} {b}"
+        return None
+
     def _expanded(self, labels: Array) -> tuple[Array, Array]:
         key = id(labels)
         if key not in self._count_pairs:
@@ -137,7 +154,7 @@ class Graph:
         row, factors = self._leaves.row, self._leaves.factors
         while pending:
             own, reason = pending.pop(0)
-            new = np.unique(own[~flags[own]])
+            new = distinct(own[~flags[own]])
             if not len(new):
                 continue
             flags[new] = True
@@ -164,10 +181,10 @@ class Graph:
             return []
         pairs = _Pairs(*(np.concatenate(c) for c in zip(*columns, strict=True)))
         self._pairs = pairs
-        role = pairs.where * 4096 + pairs.path
-        _, role = np.unique(role, return_inverse=True)
+        _, path = np.unique(pairs.path, return_inverse=True)
+        role = pairs.where * (int(path.max()) + 1) + path
         n_roles = int(role.max()) + 1
-        once = np.unique(pairs.leaf * n_roles + role)
+        once = distinct(pairs.leaf * n_roles + role)
         weights = np.random.default_rng(0).integers(1, 2**62, n_roles).astype(np.uint64)
         signature = np.zeros(self.coupler.labels.count, np.uint64)
         np.add.at(signature, once // n_roles, weights[once % n_roles])
@@ -195,7 +212,9 @@ class Graph:
         members: list[list[Member]] = [[] for _ in sizes]
         for rows in np.split(by_key, edges):
             tensor, dim = self._where[pairs.where[rows[0]]]
-            members[group[pairs.leaf[rows[0]]]].append(Member(tensor, dim, pairs.index[rows], unit[pairs.leaf[rows]]))
+            members[group[pairs.leaf[rows[0]]]].append(
+                Member(tensor, dim, pairs.index[rows], unit[pairs.leaf[rows]], int(pairs.path[rows[0]]))
+            )
         marks = self._marks()
         groups = []
         for g, own in enumerate(np.split(leaves[order], np.cumsum(sizes)[:-1])):
@@ -208,14 +227,14 @@ class Graph:
         at = pairs.where * (int(pairs.index.max()) + 1) + pairs.index
         order = np.argsort(at, kind="stable")
         owner, at = group[pairs.leaf][order], at[order]
-        width = int(np.bincount(np.unique(at, return_inverse=True)[1].reshape(-1)).max())
-        for shift in range(1, width):
-            same = at[shift:] == at[:-shift]
-            couples = np.unique(np.stack([owner[:-shift][same], owner[shift:][same]]), axis=1)
-            for a, b in couples.T.tolist():
+        shift = 1
+        while (same := at[shift:] == at[:-shift]).any():
+            couples = distinct(owner[:-shift][same] * len(groups) + owner[shift:][same])
+            for a, b in zip((couples // len(groups)).tolist(), (couples % len(groups)).tolist(), strict=True):
                 if a != b:
                     groups[a].siblings.add(b)
                     groups[b].siblings.add(a)
+            shift += 1
 
     def _marks(self) -> dict[str, NDArray[np.bool_]]:
         marks = {kind: np.zeros(self.coupler.labels.count, bool) for kind in ("head", "head_dim", "channel", "width")}
@@ -237,7 +256,7 @@ class Graph:
                 g
                 for side in (e.left, e.right)
                 for a in counts_in(side)
-                for g in np.unique(self._group_of[self._expanded(a)[1]]).tolist()
+                for g in distinct(self._group_of[self._expanded(a)[1]]).tolist()
             }
             groups_in.append(own - {-1})
             for g in own:
@@ -250,32 +269,40 @@ class Graph:
                 self._try(group, by_group, by_attribute, groups_in)
 
     def _try(
-        self, group: Group, by_group: dict[int, set[int]], by_attribute: dict[str, set[int]], groups_in: list[set[int]]
+        self,
+        group: Group,
+        by_group: dict[int, set[int]],
+        by_attribute: dict[str, set[int]],
+        groups_in: list[set[int]],
     ) -> None:
         together = {group.id}
         equations = self.coupler.equations
+        number = {id(e): i for i, e in enumerate(equations)}
         for _ in range(4):
-            removed = self.flags(
-                {g: range(self.groups[g].units - self.groups[g].units // 2, self.groups[g].units) for g in together}
-            )
+            removed = self.flags({g: range((self.groups[g].units + 1) // 2, self.groups[g].units) for g in together})
             relevant = set().union(*(by_group.get(g, set()) for g in together))
-            while True:
-                attributes, wrong = self.attributes(removed, [equations[i] for i in sorted(relevant)])
-                more = set().union(*(by_attribute[a] for a in attributes)) - relevant if attributes else set()
-                if not more:
-                    break
-                relevant |= more
+            attributes = {a for i in relevant for e in (equations[i].left, equations[i].right) for a in attributes_in(e)}
+            relevant |= set().union(*(by_attribute[a] for a in attributes))
+            _, wrong = self.attributes(removed, [equations[i] for i in sorted(relevant)])
             if not wrong:
                 for g in together:
                     self.groups[g].ties = together - {g}
                 return
-            index = {id(e): i for i, e in enumerate(equations)}
-            partners = set().union(*(groups_in[index[id(e)]] for e in wrong))
-            joined = together | {g for g in partners if self.groups[g].reason is None and self.groups[g].units == group.units}
+            joined = together | self._partners(together, set().union(*(groups_in[number[id(e)]] for e in wrong)))
             if joined == together:
                 break
             together = joined
         group.reason = f"no attribute of the model can follow: {wrong[0]}"
+
+    def _partners(self, together: set[int], candidates: set[int]) -> set[int]:
+        """Groups that may have to be cut alike: the same of other blocks, or else of the same kind in other tensors."""
+        free = [self.groups[g] for g in candidates - together if self.groups[g].reason is None]
+        shapes = {self.groups[g].shape for g in together}
+        alike = {g.id for g in free if g.shape in shapes}
+        if alike:
+            return alike
+        kinds = {self.groups[g].kind for g in together}
+        return {g.id for g in free if g.kind in kinds and not g.siblings & (together | {f.id for f in free})}
 
 
 @dataclass(eq=False)
@@ -326,6 +353,12 @@ class _Leaves:
         out = tuple(np.concatenate(c) for c in zip(*done, strict=True))
         keep = out[1] != KEPT
         return out[0][keep], out[1][keep], out[2][keep]
+
+
+def distinct(values: Array) -> Array:
+    """Sorted distinct values. (Sorting beats the hashing of `numpy.unique` on long runs of integers.)"""
+    ordered = np.sort(values)
+    return ordered[np.concatenate([[True], ordered[1:] != ordered[:-1]])] if len(ordered) else ordered
 
 
 def trace(model: nn.Module, example: Any) -> Graph:

@@ -8,6 +8,7 @@ smallest thing that can be removed.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -218,9 +219,9 @@ class Labels:
 def refinement(a: Sequence[int], b: Sequence[int]) -> tuple[int, ...] | None:
     """The coarsest sizes of which both `a` and `b` are merges, or None: ``(4, 6), (2, 12) -> (2, 2, 6)``."""
     edges = sorted({math.prod(s[i:]) for s in (a, b) for i in range(len(s) + 1)}, reverse=True)
-    if any(hi % lo for hi, lo in zip(edges, edges[1:], strict=False)):
+    if any(hi % lo for hi, lo in itertools.pairwise(edges)):
         return None
-    return tuple(hi // lo for hi, lo in zip(edges, edges[1:], strict=False))
+    return tuple(hi // lo for hi, lo in itertools.pairwise(edges))
 
 
 def concatenate(dims: Iterable[tuple[Dim, int]]) -> Dim:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from secateur.errors import LayerError, ModelError, RecipeError
+from secateur.errors import LayerError, ModelError, RecipeError, UnknownName
 from secateur.graph.cut import cut
 from secateur.graph.graph import KINDS, Graph, Group, trace
 from secateur.graph.verify import difference
@@ -44,12 +44,16 @@ def prune_channels(
     units to remove (see `Group`), `ignore` names or shell patterns of parameters or modules to leave as they are, `round_to`
     the multiple that widths are rounded to, and `reduction` how the saliencies of a unit's coupled slices make its score.
     Unless `verify` is off, the result is compared on the example with the original in which the same units are masked.
-    Raises RecipeError for a sparsity out of [0, 1), ModelError where the forward fails or the comparison does.
+    Raises RecipeError for a sparsity out of [0, 1), UnknownName where `ignore` matches nothing, LayerError where nothing can
+    be cut, and ModelError where the forward fails or the comparison does.
 
     >>> smaller, plan = prune_channels(model, torch.randn(1, 3, 224, 224), sparsity=0.5)
     """
     graph = trace(model, example)
     groups = choose_groups(graph, kinds, ignore)
+    if not groups:
+        reason = next((g.reason for g in graph.groups if g.reason and g.kind in kinds), "it has no units of these kinds")
+        raise LayerError(f"nothing of {type(model).__name__} can be cut as {', '.join(kinds)}: {reason}")
     ranked = unit_scores(model, groups, scores, reduction)
     removed = select(graph, groups, ranked, sparsity, round_to=round_to, min_width=min_width, scope=scope)
     plan = make_plan(graph, model, removed)
@@ -69,6 +73,10 @@ def choose_groups(graph: Graph, kinds: Sequence[str], ignore: Sequence[str] = ()
     for kind in kinds:
         if kind not in KINDS:
             raise RecipeError(f"unknown kind of unit {kind!r}. Known: {', '.join(KINDS)}.")
+    names = graph.recording.values
+    for pattern in ignore:
+        if not any(matches(pattern, name) for name in names):
+            raise UnknownName("layer", pattern, {n.rpartition(".")[0] or n for n in names})
     wanted = [
         g for g in graph.units() if g.kind in kinds and not any(matches(p, m.tensor) for p in ignore for m in g.members)
     ]  # fmt: skip
@@ -82,49 +90,86 @@ def choose_groups(graph: Graph, kinds: Sequence[str], ignore: Sequence[str] = ()
 
 def unit_scores(model: nn.Module, groups: Iterable[Group], scores: Scores, reduction: Reduction = "mean") -> dict[int, Tensor]:
     """For each group ``[units]``: the saliencies of all weights that go with a unit, reduced to one number."""
-    layers, _ = find_layers(model) if any(True for _ in model.parameters()) else ({}, {})
-    tensors = dict(model.named_parameters(remove_duplicate=False))
-    cache: dict[str, Tensor | None] = {}
-
-    def saliency(name: str) -> Tensor | None:
-        if name not in cache:
-            weight = tensors.get(name)
-            if weight is None or weight.ndim < 2:
-                cache[name] = None
-            elif isinstance(scores, Mapping):
-                found = scores.get(name)
-                cache[name] = layers[name].stored(found) if found is not None and name in layers else found
-            elif callable(scores):
-                layer = layers.get(name)
-                given = scores(name, layer.canonical(weight.detach()) if layer else weight.detach())
-                cache[name] = layer.stored(given) if layer else given
-            else:
-                cache[name] = weight.detach().abs()
-        return cache[name]
-
+    saliency = _Saliency(model, scores, reduction)
     return {group.id: _fold(group, saliency, reduction) for group in groups}
 
 
-def _fold(group: Group, saliency: Callable[[str], Tensor | None], reduction: Reduction) -> Tensor:
+def _fold(group: Group, saliency: _Saliency, reduction: Reduction) -> Tensor:
     total = torch.zeros(group.units, dtype=torch.float64)
     elements = 0.0
     for member in group.members:
-        score = saliency(member.tensor)
-        if score is None:
+        values = saliency.along(member.tensor, member.dim)
+        if values is None:
             continue
-        units = torch.from_numpy(member.units)
-        rest = [d for d in range(score.ndim) if d != member.dim]
-        index = torch.from_numpy(member.indices)
+        units, values = torch.from_numpy(member.units), values[torch.from_numpy(member.indices)]
         if reduction == "max":
-            values = score.amax(rest).double()[index]
             total = total.scatter_reduce(0, units, values, "amax")
         else:
-            values = (score.square() if reduction == "l2" else score).sum(rest, dtype=torch.float64)[index]
             total.index_add_(0, units, values)
-            elements += score.numel() / score.shape[member.dim] * len(index) / group.units
+            elements += saliency.slice_size(member.tensor, member.dim) * len(values) / group.units
     if reduction == "l2":
         return total.sqrt()
     return total / max(elements, 1.0) if reduction == "mean" else total
+
+
+class _Saliency:
+    """Saliencies of weights, summed (for l2 squared and summed, for max maximised) over all dimensions but one."""
+
+    def __init__(self, model: nn.Module, scores: Scores, reduction: Reduction):
+        self.layers, _ = find_layers(model)
+        self.tensors = dict(model.named_parameters(remove_duplicate=False))
+        self.scores, self.reduction = scores, reduction
+        self._found: dict[str, dict[int, Tensor]] = {}
+        self._scratch = torch.empty(0)
+
+    def slice_size(self, name: str, dim: int) -> float:
+        """Number of weights at one index of `dim`."""
+        weight = self.tensors[name]
+        return weight.numel() / weight.shape[dim]
+
+    def along(self, name: str, dim: int) -> Tensor | None:
+        """``[indices of dim]``, or None for what is no weight or has no saliency."""
+        if name not in self._found:
+            score = self._of(name)
+            self._found[name] = (
+                {d: self._reduce(score, d).double().cpu() for d in range(score.ndim)} if score is not None else {}
+            )
+        return self._found[name].get(dim)
+
+    def _of(self, name: str) -> Tensor | None:
+        layer = self.layers.get(name)
+        if name not in self.tensors or self.tensors[name].ndim < 2:
+            return None
+        weight = self.tensors[name].detach()
+        if self.scores == "l1":
+            score = torch.abs(weight, out=self._room(weight))
+        elif isinstance(self.scores, Mapping):
+            given = self.scores.get(name)
+            if given is None:
+                return None
+            score = layer.stored(given) if layer else given
+        else:
+            given = self.scores(name, layer.canonical(weight) if layer else weight)  # type: ignore[operator]
+            score = layer.stored(given) if layer else given
+        score = score.square() if self.reduction == "l2" else score
+        if score.ndim <= 2 or layer is None or self.reduction == "max" or not score.is_floating_point():
+            return score
+        kernel = score.flatten(2)  # a matrix-vector product is the fastest of sums
+        return kernel.squeeze(-1) if kernel.shape[-1] == 1 else kernel @ kernel.new_ones(kernel.shape[-1])
+
+    def _room(self, like: Tensor) -> Tensor:
+        """Memory that is used again and again: asking for new pages takes longer than the sums."""
+        if self._scratch.numel() < like.numel() or self._scratch.dtype != like.dtype or self._scratch.device != like.device:
+            self._scratch = torch.empty(like.numel(), dtype=like.dtype, device=like.device)
+        return self._scratch[: like.numel()].view(like.shape)
+
+    def _reduce(self, score: Tensor, dim: int) -> Tensor:
+        rest = [d for d in range(score.ndim) if d != dim]
+        if self.reduction == "max":
+            return score.amax(rest)
+        if score.ndim == 2 and score.is_floating_point():
+            return score @ score.new_ones(score.shape[1]) if dim == 0 else score.new_ones(score.shape[0]) @ score
+        return score.sum(rest)
 
 
 def select(
@@ -147,13 +192,20 @@ def select(
         keep |= _global_counts(groups, scores, sparsity, min_width)
     removed: dict[int, list[int]] = {}
     for group in groups:
-        together = {group.id, *group.ties}
-        wanted = round(sum(keep[g] for g in together) / len(together))
-        n = _rounded(wanted, group.units, round_to, min_width)
+        n = _alike(graph, group, keep, round_to, min_width)
         if n < group.units:
             order = torch.argsort(scores[group.id], stable=True)
             removed[group.id] = sorted(order[: group.units - n].tolist())
     return removed
+
+
+def _alike(graph: Graph, group: Group, keep: Mapping[int, int], round_to: int, min_width: int) -> int:
+    """How many units of `group` to keep: of groups that are tied, the same fraction in whole units of the smallest."""
+    together = [graph.groups[g] for g in sorted({group.id, *group.ties})]
+    smallest = min(g.units for g in together)
+    share = sum(keep[g.id] / g.units for g in together) / len(together)
+    n = _rounded(round(share * smallest), smallest, round_to, min_width)
+    return n * group.units // smallest
 
 
 def _global_counts(groups: Sequence[Group], scores: Mapping[int, Tensor], sparsity: float, min_width: int) -> dict[int, int]:
@@ -186,14 +238,18 @@ def make_plan(graph: Graph, model: nn.Module, removed: Mapping[int, Iterable[int
 
     Raises LayerError where a tensor would be left empty, or where sizes in the forward cannot follow.
     """
-    flags = graph.flags({g: list(units) for g, units in removed.items()})
-    attributes, wrong = graph.attributes(flags)
+    removed_leaves = graph.flags(removed)
+    attributes, wrong = graph.attributes(removed_leaves)
     if wrong:
         raise LayerError(f"the sizes in the forward cannot follow this cut: {wrong[0]}")
+    if other := graph.other_path(removed_leaves, attributes):
+        raise LayerError(f"the forward depends on {other}. Keep more units there, or leave it out with ignore=.")
     values = graph.recording.values
     cuts = []
-    for (name, dim), gone in graph.removed_indices(flags).items():
-        kept = np.setdiff1d(np.arange(values[name].shape[dim]), gone)
+    for (name, dim), gone in graph.removed_indices(removed_leaves).items():
+        flags = np.ones(values[name].shape[dim], bool)
+        flags[gone] = False
+        kept = np.flatnonzero(flags)
         if not len(kept):
             raise LayerError(
                 f"nothing would be left of dimension {dim} of {name!r}, shape {values[name].shape}. Lower the sparsity."
@@ -224,7 +280,11 @@ def _layers(graph: Graph, cuts: Sequence[Cut]) -> tuple[LayerPlan, ...]:
 def _skipped(graph: Graph, cuts: Sequence[Cut]) -> dict[str, str]:
     """Weights of which no dimension is cut, with the reason of the first group that could have been."""
     cut_names = {c.tensor for c in cuts}
-    skipped: dict[str, str] = {}
+    skipped: dict[str, str] = {
+        name: "the forward that was traced does not use it; where another does, it may no longer fit"
+        for name, value in graph.recording.values.items()
+        if value.labels is None and value.ndim >= 2
+    }
     for group in graph.groups:
         for member in group.members:
             if group.reason and member.tensor not in cut_names and graph.recording.values[member.tensor].ndim >= 2:

@@ -32,15 +32,25 @@ OPERATORS: dict[str, Callable[[int, int], int]] = {
     "//": operator.floordiv,
     "%": operator.mod,
 }
+#: How sizes are compared.
+COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
+    "==": operator.eq,
+    "!=": operator.ne,
+    "<": operator.lt,
+    "<=": operator.le,
+    ">": operator.gt,
+    ">=": operator.ge,
+}
 
 
 class Size(int):
     """An integer that remembers the expression it came from."""
 
-    expr: Expr
-    owner: Sizes
+    expr: Expr  #: how it came about
+    owner: Sizes  #: the run it belongs to
 
     def __new__(cls, value: int, expr: Expr, owner: Sizes) -> Size:
+        """The integer `value` that came about as `expr` in the run of `owner`."""
         self = super().__new__(cls, value)
         self.expr, self.owner = expr, owner
         return self
@@ -107,17 +117,33 @@ class Size(int):
         self.owner.leak(self)
         return pow(other, int.__int__(self), modulus)
 
+    def _compare(self, other: Any, symbol: str) -> Any:
+        result = COMPARISONS[symbol](int.__int__(self), int.__int__(other) if isinstance(other, Size) else other)
+        if isinstance(other, int):
+            equal = symbol == ("==" if result else "!=")
+            if equal:
+                self.owner.guard(self, other)
+            else:
+                self.owner.condition(self, symbol, other, result)
+        return result
+
     def __eq__(self, other: object) -> bool:
-        same = int.__eq__(self, other)  # type: ignore[operator]
-        if same is True:
-            self.owner.guard(self, other)
-        return same
+        return self._compare(other, "==")
 
     def __ne__(self, other: object) -> bool:
-        same = int.__eq__(self, other)  # type: ignore[operator]
-        if same is True:
-            self.owner.guard(self, other)
-        return same if same is NotImplemented else not same
+        return self._compare(other, "!=")
+
+    def __lt__(self, other: Any) -> bool:
+        return self._compare(other, "<")
+
+    def __le__(self, other: Any) -> bool:
+        return self._compare(other, "<=")
+
+    def __gt__(self, other: Any) -> bool:
+        return self._compare(other, ">")
+
+    def __ge__(self, other: Any) -> bool:
+        return self._compare(other, ">=")
 
     def __hash__(self) -> int:
         return int.__hash__(self)
@@ -156,6 +182,7 @@ class Sizes(TorchFunctionMode):
         self.current: Call | None = None
         self.calls: list[Call] = []
         self.guards: list[tuple[Expr, Expr, str]] = []  #: expressions that must stay equal, and the module that compared
+        self.conditions: dict[tuple[Any, ...], None] = {}  #: ``(left, symbol, right, result, module)`` on which paths depended
         self.old: dict[str, int] = {}  #: the attributes' values
         self.on = False
 
@@ -172,6 +199,12 @@ class Sizes(TorchFunctionMode):
         if self.on and size.owner is self:
             stack = self.recorder.stack
             self.guards.append((size.expr, self.expr(other), stack[-1] if stack else ""))
+
+    def condition(self, size: Size, symbol: str, other: Any, result: bool) -> None:
+        """The forward took the path it took because this comparison gave `result`."""
+        if self.on and size.owner is self:
+            stack = self.recorder.stack
+            self.conditions[size.expr, symbol, self.expr(other), result, stack[-1] if stack else ""] = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

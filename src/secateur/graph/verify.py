@@ -18,20 +18,10 @@ from secateur.errors import ModelError
 from secateur.graph.graph import Graph
 from secateur.graph.trace import Node, Value, arguments, tensors_in, untouched
 
-_STATISTICS = frozenset(
-    [
-        "native_layer_norm",
-        "_fused_rms_norm",
-        "native_group_norm",
-        "mean",
-        "var",
-        "std",
-        "var_mean",
-        "std_mean",
-        "norm",
-        "linalg_vector_norm",
-    ]
-)
+_STATISTICS = frozenset({
+    "native_batch_norm", "_native_batch_norm_legit", "native_layer_norm", "_fused_rms_norm", "native_group_norm", "mean", "var",
+    "std", "var_mean", "std_mean", "norm", "linalg_vector_norm",
+})  # fmt: skip
 
 
 class Replay:
@@ -62,8 +52,10 @@ class Replay:
         # strides may differ from the recorded run's, so that what was a view there has to be a copy here
         op = torch.ops.aten.reshape.default if node.op is torch.ops.aten.view.default else node.op
         out = self._on_kept(node, args, kwargs) if cut_inputs else op(*args, **kwargs)
-        tensors = [t for t in pytree.tree_leaves(out) if isinstance(t, Tensor)]
+        tensors = [t for t in pytree.tree_leaves(out) if isinstance(t, Tensor) or (t is None and len(node.outputs) > 1)]
         for tensor, value in zip(tensors, node.outputs, strict=True):
+            if tensor is None:  # a workspace that real kernels leave out
+                continue
             known[value] = tensor
             if not node.op.is_view:
                 for dim, mask in self.masks(value):

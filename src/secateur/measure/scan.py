@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from secateur.data.batches import Batch, Batches, Loss
-from secateur.errors import DataError, LayerError, RecipeError
-from secateur.layers import Layer, check_finite, find_layers
+from secateur.errors import DataError, RecipeError
+from secateur.layers import Layer
 from secateur.measure.cache import Cache, fingerprint
 from secateur.measure.quality import Evaluate, qualities
 from secateur.progress import advance
-from secateur.selection import Method, Named, choose, fitting, resolve, target_sparsity
+from secateur.selection import Method, Named, choose, prunable, resolve, target_sparsity
 from secateur.stats import collect
 from secateur.types import LayerStats, Pattern, Sensitivity
 
@@ -206,12 +206,7 @@ def _sparsities(asked: Sequence[float] | None, pattern: Pattern) -> list[float]:
 def _layers_to_scan(
     model: nn.Module, pattern: Pattern, layers: Sequence[str] | None, ignore: Sequence[str]
 ) -> dict[str, Layer]:
-    found, skipped = find_layers(model, layers=layers, ignore=ignore)
-    fit, refused = fitting(found, pattern)
-    if not fit or (refused and layers is not None):
-        why = "; ".join(f"{name}: {reason}" for name, reason in list(refused.items() or skipped.items())[:5])
-        raise LayerError(f"there is nothing to scan. {why or 'The model has no linear, convolution or recurrent layer'}.")
-    for name, reason in refused.items():
+    fit, skipped = prunable(model, pattern, layers=layers, ignore=ignore)
+    for name, reason in skipped.items():
         log.info("scan: %s is left out: %s", name, reason)
-    check_finite(fit.values())
     return fit

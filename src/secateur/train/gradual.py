@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from secateur.errors import LayerError, RecipeError, TrainingError
-from secateur.layers import find_layers
+from secateur.errors import RecipeError, TrainingError
+from secateur.recipe import Recipe
 from secateur.schedules import make_schedule
-from secateur.selection import Method, Named, choose, fitting, resolve, target_sparsity
+from secateur.selection import Method, choose, prunable, resolve, target_sparsity
 from secateur.stats import collect
 from secateur.train.hold import Held, hold, unwrapped
-from secateur.types import LayerStats, MaskSet, Need, Pattern
+from secateur.types import LayerStats, MaskSet, Need
 
 log = logging.getLogger("secateur")
 _FROM_BACKWARD = {Need.GRAD, Need.GRAD_ONE}  #: what a training step leaves in ``.grad``
@@ -26,19 +27,12 @@ _FROM_BACKWARD = {Need.GRAD, Need.GRAD_ONE}  #: what a training step leaves in `
 def gradual(
     model: nn.Module,
     optimizer: Optimizer,
+    recipe: Recipe | Mapping[str, Any] | str | Path | None = None,
     *,
     end: int,
     begin: int = 0,
     every: int = 1,
-    sparsity: float | None = None,
-    criterion: Named = "magnitude",
-    pattern: Named | Pattern = "element",
-    allocation: Named | None = None,
-    reduction: str | None = None,
-    schedule: Named = "cubic",
-    layers: Sequence[str] | None = None,
-    ignore: Sequence[str] = (),
-    seed: int = 0,
+    **changes: Any,
 ) -> Gradual:
     """Prune `model` step by step while the user's own loop trains it (Zhu and Gupta 2017).
 
@@ -52,15 +46,9 @@ def gradual(
         end: step at which the target is reached.
         begin: step at which pruning begins, at progress 0 of the schedule.
         every: steps between two choices; weights need some to recover, 100 in large trainings.
-        sparsity: fraction of the weights to remove; patterns that fix it need none.
-        criterion: scores made of weights, or of weights and the gradients that the last backward left in ``.grad``.
-        pattern: what is removed together.
-        allocation: how much each layer loses; as in `prune`.
-        reduction: how a unit's score is made of its elements'; the criterion's own by default.
-        schedule: how sparsity grows from `begin` to `end`.
-        layers: only these, as in `prune`.
-        ignore: not these.
-        seed: of criteria that draw numbers.
+        recipe: a `Recipe`, a mapping, or the path of a TOML or JSON file. Its schedule is cubic where it names none.
+        changes: any key of the recipe, laid over it: ``sparsity=0.9, criterion="taylor", ignore=["head"], ...``. The criterion
+            is of weights, or of weights and the gradients that the last backward left in ``.grad``.
 
     Raises:
         RecipeError: a schedule that ends before it begins, an unknown name, or a criterion that needs calibration data.
@@ -76,23 +64,20 @@ def gradual(
                 pruner.step()
     """
     _check_steps(begin, end, every)
-    method = resolve(criterion=criterion, pattern=pattern, allocation=allocation, reduction=reduction)
+    wanted = Recipe.make(recipe, **changes)
+    if unused := sorted(wanted.model_fields_set & {"steps", "solver", "finetune", "reestimate_norms"}):
+        raise RecipeError(
+            f"gradual pruning happens in a training loop of yours: {', '.join(unused)} belong to sc.prune. Leave them out."
+        )
+    method = resolve(
+        criterion=wanted.criterion, pattern=wanted.pattern, allocation=wanted.allocation, reduction=wanted.reduction
+    )
     if beyond := sorted(need.value for need in method.needs - _FROM_BACKWARD if need.data or need is Need.SYNFLOW_GRAD):
         raise RecipeError(
             f"criterion {method.criterion_name!r} needs {', '.join(beyond)}, which a training step does not give. "
             "Choose one of weights or gradients for gradual pruning, or use sc.prune with several steps."
         )
-    return Gradual(
-        unwrapped(model),
-        optimizer,
-        method,
-        target_sparsity(sparsity, method.pattern),
-        schedule,
-        (begin, end, every),
-        layers,
-        ignore,
-        seed,
-    )
+    return Gradual(unwrapped(model), optimizer, method, wanted, (begin, end, every))
 
 
 class Gradual:
@@ -101,36 +86,18 @@ class Gradual:
     To go on with a stopped one, make it with the same arguments, call `load_state_dict`, and enter it.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: Optimizer,
-        method: Method,
-        target: float,
-        schedule: Named,
-        steps: tuple[int, int, int],
-        layers: Sequence[str] | None,
-        ignore: Sequence[str],
-        seed: int,
-    ):
-        self._model, self._optimizer, self._method, self._target, self._seed = model, optimizer, method, target, seed
+    def __init__(self, model: nn.Module, optimizer: Optimizer, method: Method, recipe: Recipe, steps: tuple[int, int, int]):
+        self._model, self._optimizer, self._method, self._seed = model, optimizer, method, recipe.seed
         self._begin, self._end, self._every = steps
+        target = self._target = target_sparsity(recipe.sparsity, method.pattern)
+        schedule = recipe.schedule if "schedule" in recipe.model_fields_set else "cubic"
         self._schedule = make_schedule(schedule)
         if method.pattern.sparsity is not None and self._schedule(0.0, target) != target:
             raise RecipeError(
                 f"pattern {method.pattern.name} has one sparsity and nothing in between, so it cannot grow along schedule "
                 f"{schedule!r}. Use a schedule that prunes at once, at begin."
             )
-        found, skipped = find_layers(model, layers=layers, ignore=ignore)
-        self._layers, refused = fitting(found, method.pattern)
-        if refused and layers is not None:
-            name, why = next(iter(refused.items()))
-            raise LayerError(f"the layer {name!r} was asked for, but cannot have pattern {method.pattern.name}: {why}")
-        if not self._layers:
-            reasons = "; ".join(f"{n}: {r}" for n, r in list({**skipped, **refused}.items())[:5])
-            raise LayerError(
-                f"there is nothing to prune. {reasons or 'The model has no linear, convolution or recurrent layer'}."
-            )
+        self._layers, _ = prunable(model, method.pattern, layers=recipe.layers, ignore=recipe.ignore)
         self._masks = MaskSet({n: torch.ones_like(layer.parameter, dtype=torch.bool) for n, layer in self._layers.items()})
         self._step = 0
         self._held: Held | None = None

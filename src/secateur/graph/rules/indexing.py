@@ -60,16 +60,9 @@ _MASKS = ("torch.bool", "torch.uint8")
 
 
 @rule(
-    "index_put",
-    "_unsafe_index_put",
-    "index_add",
-    "scatter",
-    "scatter_add",
-    "scatter_reduce",
-    "slice_scatter",
-    "select_scatter",
-    "index_copy",
-)
+    "index_put", "_unsafe_index_put", "index_add", "scatter", "scatter_add", "scatter_reduce", "slice_scatter",
+    "select_scatter", "index_copy",
+)  # fmt: skip
 def put(c: Coupler, node: Node) -> list[list[Dim]] | None:
     """Writes by index: allowed in dimensions that are not cut, and only where all shapes speak for themselves."""
     c.freeze_all(node)
@@ -95,8 +88,10 @@ def gather(c: Coupler, node: Node) -> list[list[Dim]]:
     return [out]
 
 
-@rule("zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty", "empty_strided", "new_empty_strided",
-      "rand", "randn", "scalar_tensor", "empty_permuted")  # fmt: skip
+@rule(
+    "zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty", "empty_strided",
+    "new_empty_strided", "rand", "randn", "scalar_tensor", "empty_permuted",
+)  # fmt: skip
 def made(c: Coupler, node: Node) -> list[list[Dim]]:
     """The same value everywhere: any part of it will do, so that its size can follow what it meets."""
     out = node.outputs[0]
@@ -105,8 +100,11 @@ def made(c: Coupler, node: Node) -> list[list[Dim]]:
     return [[c.sized(node, d, n) for d, n in enumerate(out.shape)]]
 
 
-@rule("arange", "eye", "linspace", "tril_indices", "triu_indices", "randint", "randperm", "one_hot", "nonzero", "unique2", "_local_scalar_dense",
-      "item", "is_nonzero", "equal", "bincount", "histc", "searchsorted", "bucketize", "sym_size", "_assert_tensor_metadata")  # fmt: skip
+@rule(
+    "arange", "eye", "linspace", "tril_indices", "triu_indices", "randint", "randperm", "one_hot", "nonzero", "unique2",
+    "_local_scalar_dense", "item", "is_nonzero", "equal", "bincount", "histc", "searchsorted", "bucketize", "sym_size",
+    "_assert_tensor_metadata",
+)  # fmt: skip
 def positions(c: Coupler, node: Node) -> list[list[Dim]] | None:
     """Values that depend on positions: what goes in and comes out stays."""
     c.freeze_all(node, "its positions matter")

@@ -100,6 +100,21 @@ def _transposed(c: Coupler, node: Node, x: Dim, kernel: list[Dim], n_in: int, n_
     return c.labels.merge([group, kernel[1]], (groups, n_out // groups))
 
 
+@rule("_grouped_mm")
+def grouped_product(c: Coupler, node: Node) -> list[list[Dim]] | None:
+    """Rows of one matrix, each multiplied by the matrix of its expert: ``[t, k] x [e, k, j] -> [t, j]``."""
+    a, b = node.args[:2]
+    if a.ndim != 2 or b.ndim != 3:
+        c.freeze_all(node)
+        return None
+    rows, inner = c.labels_of(a)
+    experts, other, out = c.labels_of(b)
+    c.freeze(experts, node, "rows are sorted by it")
+    c.freeze(rows, node, "rows are sorted by expert")
+    c.contract(a, inner, other, node)
+    return [[None, out]]
+
+
 @rule("embedding", "embedding_renorm")
 def embedding(c: Coupler, node: Node) -> list[list[Dim]]:
     """Rows of a table: the rows stay, the columns are channels."""

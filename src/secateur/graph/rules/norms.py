@@ -14,17 +14,14 @@ if TYPE_CHECKING:
 
 
 @rule(
-    "native_batch_norm",
-    "_native_batch_norm_legit",
-    "_native_batch_norm_legit_no_training",
-    "cudnn_batch_norm",
-    "_batch_norm_no_update",
-    "_batch_norm_with_update",
-    "batch_norm",
-)
+    "native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "cudnn_batch_norm",
+    "_batch_norm_no_update", "_batch_norm_with_update", "batch_norm",
+)  # fmt: skip
 def batch_norm(c: Coupler, node: Node) -> list[list[Dim]]:
     """Per channel: scale, shift and running statistics go with it."""
     labels = list(c.labels_of(node.args[0]))
+    for d in (0, *range(2, len(labels))):  # of a standardised weight these are its inputs
+        c.mixed(labels[d], node)
     for other in node.args[1:5]:
         if isinstance(other, Value) and other.ndim == 1 and other.shape[0] > 1:
             labels[1] = c.tie(labels[1], c.labels_of(other)[0], node, "its normalisation cannot be cut")
@@ -95,8 +92,8 @@ def statistics(c: Coupler, node: Node) -> list[list[Dim]]:
 
 
 @rule(
-    "amax", "amin", "max", "min", "argmax", "argmin", "prod", "any", "all", "logsumexp", "median", "nanmedian", "mode", "aminmax",
-    "count_nonzero", "logcumsumexp", "kthvalue",
+    "amax", "amin", "max", "min", "argmax", "argmin", "prod", "any", "all", "logsumexp", "median", "nanmedian", "mode",
+    "aminmax", "count_nonzero", "logcumsumexp", "kthvalue",
 )  # fmt: skip
 def extremes(c: Coupler, node: Node) -> list[list[Dim]]:
     """Whatever depends on which values are there does not survive their removal."""
@@ -112,8 +109,10 @@ def extremes(c: Coupler, node: Node) -> list[list[Dim]]:
     return [_reduced(labels, dims, out) for out in node.outputs]
 
 
-@rule("_softmax", "_log_softmax", "softmax", "log_softmax", "_safe_softmax", "cumsum", "cumprod", "sort", "argsort", "topk", "renorm",
-      "cummax", "cummin")  # fmt: skip
+@rule(
+    "_softmax", "_log_softmax", "softmax", "log_softmax", "_safe_softmax", "cumsum", "cumprod", "sort", "argsort",
+    "topk", "renorm", "cummax", "cummin",
+)  # fmt: skip
 def along(c: Coupler, node: Node) -> list[list[Dim]] | None:
     """Operations along one dimension that mix its indices: it stays, the others pass."""
     x = node.args[0]
@@ -129,11 +128,12 @@ def along(c: Coupler, node: Node) -> list[list[Dim]] | None:
 
 
 _POOLS = """
-    max_pool2d_with_indices max_pool3d_with_indices max_pool1d max_pool2d max_pool3d mkldnn_max_pool2d mkldnn_max_pool3d avg_pool1d avg_pool2d
-    avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_max_pool1d adaptive_max_pool2d
-    adaptive_max_pool3d upsample_nearest1d upsample_nearest2d upsample_nearest3d _upsample_nearest_exact1d _upsample_nearest_exact2d
-    upsample_linear1d upsample_bilinear2d upsample_bicubic2d upsample_trilinear3d _upsample_bilinear2d_aa _upsample_bicubic2d_aa
-    grid_sampler_2d grid_sampler_3d grid_sampler quantized_max_pool2d lp_pool2d
+    max_pool2d_with_indices max_pool3d_with_indices max_pool1d max_pool2d max_pool3d mkldnn_max_pool2d mkldnn_max_pool3d
+    avg_pool1d avg_pool2d avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d
+    adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d upsample_nearest1d upsample_nearest2d upsample_nearest3d
+    _upsample_nearest_exact1d _upsample_nearest_exact2d upsample_linear1d upsample_bilinear2d upsample_bicubic2d
+    upsample_trilinear3d _upsample_bilinear2d_aa _upsample_bicubic2d_aa grid_sampler_2d grid_sampler_3d grid_sampler
+    quantized_max_pool2d lp_pool2d
 """
 
 

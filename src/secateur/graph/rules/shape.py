@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from secateur.graph.labels import KEPT, concatenate, refinement
+from secateur.graph.labels import KEPT, Array, concatenate, refinement
 from secateur.graph.rules import rule
 from secateur.graph.trace import Value
 
@@ -203,11 +203,21 @@ def slice_(c: Coupler, node: Node) -> list[list[Dim]]:
     own = labels[dim]
     if own is not None and span.indices(n) != (0, n, 1):
         if step != 1:
-            c.freeze(own, node, "only every other index of it is used")
+            _stride(c, node, own, step, *span.indices(n)[:2])
         elif not c.written(node):
             c.ends(node, own, *span.indices(n)[:2])
         labels[dim] = own[span]
     return [labels]
+
+
+def _stride(c: Coupler, node: Node, own: Array, step: int, start: int, stop: int) -> None:
+    """Every `step`-th index is taken: blocks of `step` indices go together, so that places stay right."""
+    if len(own) % step or start >= step or stop < len(own):
+        c.freeze(own, node, f"every {step}th index of a part of it is taken")
+        return
+    blocks = own.reshape(-1, step)
+    for j in range(1, step):
+        c.tie(blocks[:, 0], blocks[:, j], node, "")
 
 
 @rule("split", "split_copy", "chunk", "unsafe_chunk", "unsafe_split")
@@ -225,6 +235,19 @@ def split(c: Coupler, node: Node) -> list[list[Dim]]:
         else:
             c.freeze(own, node, f"it is split into unequal parts {sizes}")
     return _parts(c, x, dim, sizes)
+
+
+@rule("glu")
+def glu(c: Coupler, node: Node) -> list[list[Dim]]:
+    """One half gates the other."""
+    x = node.args[0]
+    dim = _arg(node, 1, "dim", -1) % x.ndim
+    labels = list(c.labels_of(x))
+    own = labels[dim]
+    if own is not None:
+        first, second = own.reshape(2, -1)
+        labels[dim] = c.tie(first, second, node, "")
+    return [labels]
 
 
 @rule("split_with_sizes", "split_with_sizes_copy", "unsafe_split_with_sizes")

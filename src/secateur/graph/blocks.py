@@ -1,0 +1,182 @@
+"""Whole blocks: finding the ones a network could do without, and taking them out.
+
+A block is a member of a `ModuleList` or `Sequential` whose output has the shape of its input, as the residual blocks of ResNets
+and transformers have. Without it, its input goes straight to the next.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur.errors import LayerError, ModelError, UnknownName
+from secateur.graph.graph import Graph, trace
+from secateur.graph.trace import ModuleCall, arguments, tensors_in, untouched
+from secateur.types import Plan
+
+
+@dataclass(frozen=True)
+class Residual:
+    """A block that can be taken out: its name, the shape that passes through it, and its parameters."""
+
+    name: str
+    shape: tuple[int, ...]
+    parameters: int
+
+
+def removable_blocks(model: nn.Module, graph: Graph) -> list[Residual]:
+    """Blocks of `model` that can be taken out, in order; blocks inside of others are left out."""
+    calls: dict[str, list[ModuleCall]] = {}
+    for made in graph.recording.calls:
+        calls.setdefault(made.module, []).append(made)
+    found: list[Residual] = []
+    for path, container in model.named_modules():
+        if not isinstance(container, (nn.ModuleList, nn.Sequential)) or any(path.startswith(f"{b.name}.") for b in found):
+            continue
+        names = [f"{path}.{key}" if path else key for key in container._modules]
+        blocks = []
+        for name in names:
+            own = calls.get(name, [])
+            call = own[0] if len(own) == 1 else None
+            parameters = sum(p.numel() for p in model.get_submodule(name).parameters())
+            if call and parameters and call.inputs and call.outputs and call.inputs[0].shape == call.outputs[0].shape:
+                blocks.append((Residual(name, call.inputs[0].shape, parameters), call))
+        found += [b for b, call in blocks if len(names) > 1 and _adds_its_input(graph, call)]
+    return found
+
+
+def _adds_its_input(graph: Graph, call: ModuleCall) -> bool:
+    """Whether a sum in the block has one of its sides straight from the block's input: a shortcut around everything else."""
+    passed = {id(v) for v in call.inputs}
+    for node in graph.recording.nodes[call.first : call.last]:
+        tensors = graph.coupler.tensors(node)
+        if node.name == "add" and len(tensors) == 2 and any(id(t) in passed for t in tensors):
+            return True
+        if node.name in _PASSING and tensors and id(tensors[0]) in passed:
+            passed |= {id(v) for v in node.outputs}
+    return False
+
+
+_PASSING = frozenset({
+    "view", "_unsafe_view", "permute", "transpose", "clone", "detach", "alias",
+    "contiguous", "_to_copy", "dropout", "roll", "constant_pad_nd", "slice",
+})  # fmt: skip
+
+
+@torch.no_grad()
+def block_importance(model: nn.Module, blocks: Sequence[Residual], batches: Iterable[Any]) -> dict[str, float]:
+    """``1 - cosine(input, output)`` of every block, mean over all positions of all batches (ShortGPT, Men et al. 2024).
+
+    Low means that the block changes little. `batches` are examples as `trace` takes them.
+    """
+    sums = dict.fromkeys((b.name for b in blocks), 0.0)
+    counts = dict.fromkeys(sums, 0)
+    handles = []
+    with untouched(model):
+        for name in sums:
+
+            def measure(module: nn.Module, args: Any, kwargs: Any, output: Any, name: str = name) -> None:
+                x, y = tensors_in((args, kwargs))[0], tensors_in(output)[0]
+                dim = 1 if x.ndim == 4 else -1
+                cosine = torch.cosine_similarity(x.float(), y.float(), dim=dim)
+                sums[name] += float((1 - cosine).sum())
+                counts[name] += cosine.numel()
+
+            handles.append(model.get_submodule(name).register_forward_hook(measure, with_kwargs=True))
+        for batch in batches:
+            args, kwargs = arguments(batch)
+            model(*args, **kwargs)
+        for handle in handles:
+            handle.remove()
+    return {name: sums[name] / max(counts[name], 1) for name in sums}
+
+
+def plan_without(graph: Graph, model: nn.Module, names: Iterable[str]) -> Plan:
+    """The plan that takes the named blocks out. Raises UnknownName where one of them is no removable block."""
+    known = {b.name: b for b in removable_blocks(model, graph)}
+    chosen = list(dict.fromkeys(names))
+    for name in chosen:
+        if name not in known:
+            raise UnknownName("block", name, known)
+    if len(chosen) == len(known):
+        raise LayerError(f"all {len(known)} blocks of the model would go. Keep at least one.")
+    return replace(Plan(), dropped=tuple(chosen))
+
+
+def drop_blocks(model: nn.Module, example: Any, names: Iterable[str]) -> tuple[nn.Module, Plan]:
+    """A copy of `model` without the named blocks, and the plan; compared on the example with the original that bypasses them.
+
+    Raises ModelError where that fails: a block may hold what others use (T5 keeps its position bias in the first).
+    """
+    from secateur.graph.cut import cut
+
+    plan = plan_without(trace(model, example), model, names)
+    smaller = cut(model, plan)
+    args, kwargs = arguments(example)
+    wanted = bypassed_output(model, plan.dropped, example)
+    try:
+        with torch.no_grad(), untouched(smaller):
+            found = tensors_in(smaller(*args, **kwargs))
+    except Exception as error:
+        raise ModelError(f"the model does not run without {', '.join(plan.dropped)}: {error}") from error
+    for a, b in zip(found, wanted, strict=True):
+        if a.shape != b.shape or (a.is_floating_point() and not torch.allclose(a, b, atol=1e-4 * float(b.abs().max()))):
+            raise ModelError(f"without {', '.join(plan.dropped)} the model differs from the original that bypasses them")
+    return smaller, plan
+
+
+def drop(model: nn.Module, names: Iterable[str]) -> None:
+    """Take blocks out of the containers that hold them, in place, and keep counts of layers in line."""
+    gone: dict[str, list[str]] = {}
+    for name in names:
+        parent, _, key = name.rpartition(".")
+        gone.setdefault(parent, []).append(key)
+    for path, keys in gone.items():
+        container = model.get_submodule(path)
+        if not isinstance(container, (nn.ModuleList, nn.Sequential)) or not set(keys) <= set(container._modules):
+            raise ModelError(f"{path!r} of this model does not hold the blocks {keys}. The plan was made for another model.")
+        before = list(container._modules)
+        kept = [(k, m) for k, m in container._modules.items() if k not in keys]
+        container._modules.clear()
+        for i, (key, module) in enumerate(kept):
+            container._modules[str(i) if all(k.isdigit() for k in before) else key] = module
+        for i, (_, module) in enumerate(kept):
+            for inner in module.modules():
+                if isinstance(vars(inner).get("layer_idx"), int):
+                    inner.layer_idx = i  # type: ignore[assignment]
+        _update_configs(model, len(before), [i for i, k in enumerate(before) if k not in keys])
+
+
+def _update_configs(model: nn.Module, before: int, kept: list[int]) -> None:
+    """Counts of layers, and lists with an entry for each, in the configurations of transformers."""
+    seen: set[int] = set()
+    for module in model.modules():
+        config = vars(module).get("config")
+        if config is None or id(config) in seen or not hasattr(config, "__dict__"):
+            continue
+        seen.add(id(config))
+        for key, value in list(vars(config).items()):
+            if key in ("num_hidden_layers", "n_layer", "num_layers", "n_layers") and value == before:
+                setattr(config, key, len(kept))
+            elif key in ("layer_types", "mlp_layer_types") and isinstance(value, list) and len(value) == before:
+                setattr(config, key, [value[i] for i in kept])
+
+
+@torch.no_grad()
+def bypassed_output(model: nn.Module, names: Iterable[str], example: Any) -> list[Tensor]:
+    """Output tensors of `model` with the named blocks giving back what they were given: the oracle for `drop`."""
+    model = copy.deepcopy(model).eval()
+    for name in names:
+
+        def pass_on(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+            given = tensors_in((args, kwargs))[0]
+            return given if isinstance(output, Tensor) else (given, *output[1:])
+
+        model.get_submodule(name).register_forward_hook(pass_on, with_kwargs=True)
+    args, kwargs = arguments(example)
+    return tensors_in(model(*args, **kwargs))
