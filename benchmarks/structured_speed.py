@@ -12,6 +12,7 @@ import argparse
 import copy
 import logging
 import resource
+import signal
 import sys
 import time
 import warnings
@@ -20,9 +21,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from zoo import _placeholders
 
 from secateur.graph import choose_groups, cut, make_plan, select, trace, unit_scores
+from secateur.models.torchvision_shim import prepare_torchvision
 
 
 def llama() -> tuple[nn.Module, Any]:
@@ -105,15 +106,21 @@ def best(
     return build, chop, sum(p.numel() for p in smaller.parameters())
 
 
+def _too_long(*_: Any) -> None:
+    raise TimeoutError("not done in the time given")
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", default=list(MODELS))
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--patience", type=float, default=120, help="seconds that the peer has for a model")
     options = parser.parse_args()
+    signal.signal(signal.SIGALRM, _too_long)
     logging.disable(logging.WARNING)
     warnings.filterwarnings("ignore")
-    _placeholders()
+    prepare_torchvision()
     torch.set_num_threads(1)
     out = sys.stdout
     out.write(f"torch {torch.__version__}, float32, cpu, 1 thread, fastest of {options.repeats}\n\n")
@@ -125,11 +132,13 @@ def main() -> None:
         model.eval()
         total = sum(p.numel() for p in model.parameters())
         a, b, left = best(ours, model, example, options.repeats)
+        signal.setitimer(signal.ITIMER_REAL, options.patience)
         try:
             c, d, other = best(peer, model, example, options.repeats)
             theirs, ratio = f"{c:.2f} + {d:.2f} | {other / total:.0%}", f"{(c + d) / (a + b):.1f}"
         except Exception as error:  # the peer's failures belong in the table
             theirs, ratio = f"fails: {type(error).__name__} {str(error).splitlines()[0][:60] if str(error) else ''} | -", "-"
+        signal.setitimer(signal.ITIMER_REAL, 0)
         out.write(f"| {name} | {a:.2f} + {b:.2f} | {left / total:.0%} | {theirs} | {ratio} |\n")
         out.flush()
     out.write(f"\npeak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB\n")

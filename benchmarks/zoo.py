@@ -24,6 +24,7 @@ from zoo_hf import FAMILIES, build
 
 from secateur.graph import choose_groups, cut, difference, make_plan, select, trace, unit_scores
 from secateur.graph.trace import arguments, tensors_in
+from secateur.models.torchvision_shim import prepare_torchvision
 
 KINDS = {
     "torchvision": ("channel", "neuron", "head"),
@@ -34,7 +35,7 @@ KINDS = {
 
 def torchvision_models() -> Iterator[tuple[str, Callable[[], tuple[nn.Module, Any]]]]:
     """Classification, segmentation and video architectures of torchvision."""
-    _placeholders()
+    prepare_torchvision()
     import torchvision
     from torchvision import models
 
@@ -60,7 +61,7 @@ def torchvision_models() -> Iterator[tuple[str, Callable[[], tuple[nn.Module, An
 
 def timm_models() -> Iterator[tuple[str, Callable[[], tuple[nn.Module, Any]]]]:
     """Up to six architectures of every family of timm, none of more than 120 million parameters."""
-    _placeholders()
+    prepare_torchvision()
     import timm
 
     def make(name: str) -> tuple[nn.Module, Any]:
@@ -99,7 +100,7 @@ def timm_models() -> Iterator[tuple[str, Callable[[], tuple[nn.Module, Any]]]]:
 
 def hf_models() -> Iterator[tuple[str, Callable[[], tuple[nn.Module, Any]]]]:
     """Families of transformers in small configurations."""
-    _placeholders()
+    prepare_torchvision()
     for name in FAMILIES:
         yield name, lambda n=name: build(n)
 
@@ -141,19 +142,17 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
     """The rows as Markdown, with the counts above."""
     passed = {p: [r["result"] == "pass" for n, r in rows.items() if n.startswith(p)] for p in KINDS}
     summary = ", ".join(f"{p} {sum(ok)} of {len(ok)}" for p, ok in passed.items() if ok)
-    lines = [
-        f"Pass: {summary}.",
-        "",
-        "| model | result | parameters | left | error | seconds | remarks |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    columns = ("model", "result", "units", "parameters", "left", "error", "seconds", "remarks")
+    lines = [f"Pass: {summary}.", "", "| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     for name, r in rows.items():
         remarks = "; ".join([*r.get("notes", []), *(f"no rule: {u}" for u in r.get("unknown", [])), r.get("reason", "")])
         share = f"{r['left'] / r['parameters']:.0%}" if r.get("left") else "-"
         error = f"{r['error']:.0e}" if "error" in r else "-"
+        units = ", ".join(f"{n} {kind}" for kind, n in r.get("units", {}).items() if n)
         cells = [
             name,
             r["result"],
+            units,
             f"{r.get('parameters', 0):,}",
             share,
             error,
@@ -162,18 +161,6 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
-
-
-def _placeholders() -> None:
-    """Operators that torchvision expects of its own C++ library, which a CPU-only torch does not have."""
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    for name in ("nms", "qnms"):
-        if not hasattr(torch.ops.torchvision, name):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    _KEEP.append(library)
-
-
-_KEEP: list[Any] = []
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """Write what docs/ takes from the registries and the recipe: docs/methods.md and docs/recipe.schema.json.
 
-    python tools/make_docs.py          writes them
-    python tools/make_docs.py --check  ends with status 1 where they are not what they would be
+python tools/make_docs.py          writes them
+python tools/make_docs.py --check  ends with status 1 where they are not what they would be
 """
 
 from __future__ import annotations

@@ -26,6 +26,7 @@ _HOME = {
     "Result": "secateur.types",
     "SecateurError": "secateur.errors",
     "criterion": "secateur.criteria",
+    "deploy": "secateur.runtime.deploy",
     "finetune": "secateur.train.finetune",
     "gradual": "secateur.train.gradual",
     "hold": "secateur.train.hold",
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
     from secateur.prune import prune as prune
     from secateur.recipe import Recipe as Recipe
     from secateur.repair import reestimate_norms as reestimate_norms
+    from secateur.runtime.deploy import deploy as deploy
     from secateur.train.finetune import finetune as finetune
     from secateur.train.gradual import gradual as gradual
     from secateur.train.hold import hold as hold

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-COMMANDS = ["demo", "plan", "prune", "scan", "measure", "inspect", "methods", "doctor", "report"]
+COMMANDS = ["demo", "plan", "prune", "scan", "measure", "deploy", "inspect", "methods", "doctor", "report"]
 NET = "secateur.demo:network?width=8"
 TEST = "secateur.demo:digits?part=test"
 TRAIN = "secateur.demo:digits?part=train"
@@ -108,6 +108,16 @@ def test_methods_lists_every_registered_piece(tmp_path):
     assert {"magnitude", "taylor", "snip", "grasp", "synflow", "obd", "lamp", "random"} <= {p["name"] for p in pieces}
     assert all(p["source"] and p["summary"] for p in pieces)
     assert "Molchanov" in " ".join(secateur("methods", "taylor", cwd=tmp_path).split())
+
+
+def test_deploy_shows_each_layer_and_never_a_slower_model(run_dir):
+    summary = json.loads(
+        secateur("deploy", "runs/magnitude-90", "--data", TEST, "--out", "fast.safetensors", "--json", cwd=run_dir)
+    )
+    assert summary["error"] < 1e-4
+    assert {layer["name"] for layer in summary["layers"]} >= {"1.0.conv1", "4"}
+    assert all(layer["reason"] for layer in summary["layers"] if layer["runtime"] == "dense")
+    assert (run_dir / "fast.safetensors").exists()
 
 
 def test_doctor(tmp_path):

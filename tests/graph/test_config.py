@@ -5,9 +5,8 @@ import torch
 
 from secateur.errors import ModelError
 from secateur.graph import fit_config, prune_channels
+from secateur.models.torchvision_shim import prepare_torchvision
 
-# transformers imports torchvision, which beside a torch without its C++ library needs these two operators declared
-_LIBRARY = torch.library.Library("torchvision", "FRAGMENT")
 SMALL = {
     "vocab_size": 99,
     "hidden_size": 64,
@@ -20,9 +19,7 @@ SMALL = {
 
 
 def small(name: str):
-    for operator in ("nms", "qnms"):
-        if not hasattr(torch.ops.torchvision, operator):
-            _LIBRARY.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    prepare_torchvision()
     transformers = pytest.importorskip("transformers")
     model = getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**SMALL))
     return model.eval(), {"input_ids": torch.randint(3, 99, (2, 7))}

@@ -6,15 +6,11 @@ import pytest
 import torch
 
 from secateur.graph import prune_channels
-
-# torchvision beside a torch built without its C++ library cannot be imported before these two operators exist
-_LIBRARY = torch.library.Library("torchvision", "FRAGMENT")
+from secateur.models.torchvision_shim import prepare_torchvision
 
 
 def torchvision_model(name: str):
-    for operator in ("nms", "qnms"):
-        if not hasattr(torch.ops.torchvision, operator):
-            _LIBRARY.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    prepare_torchvision()
     return pytest.importorskip("torchvision.models").get_model(name, weights=None)
 
 
@@ -46,7 +42,7 @@ GPT2 = {"vocab_size": 99, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions"
     ],
 )
 def test_transformers(config, model, options, heads):
-    torchvision_model("alexnet")
+    prepare_torchvision()
     transformers = pytest.importorskip("transformers")
     built = getattr(transformers, model)(getattr(transformers, config)(**options))
     smaller, plan = prune_channels(built, {"input_ids": torch.randint(0, 99, (2, 9))}, 0.5, kinds=("head", "neuron"))

@@ -47,7 +47,7 @@ def examine() -> list[dict[str, str]]:
     from secateur.report.build import environment
 
     checks = [_check(key, value) for key, value in environment().items() if key not in ("Seed", "Date")]
-    checks += [_torch(), _memory(), _accelerator()]
+    checks += [_torch(), _memory(), _accelerator(), _kernels()]
     for package, (extra, purpose) in OPTIONAL.items():
         if importlib.util.find_spec(package) is None:
             checks.append(_check(package, f"not installed; it is for {purpose}", "missing", f"pip install 'secateur[{extra}]'"))
@@ -85,6 +85,14 @@ def _memory() -> dict[str, str]:
         return _check("memory", "unknown on this system")
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return _check("memory", f"{total / 1e9:.1f} GB")
+
+
+def _kernels() -> dict[str, str]:
+    from secateur.runtime.native import instruction_sets, missing
+
+    if why := missing():
+        return _check("sparse kernels", why, "missing", "install a C++20 compiler and CMake, then install secateur again")
+    return _check("sparse kernels", ", ".join(instruction_sets()))
 
 
 def _accelerator() -> dict[str, str]:

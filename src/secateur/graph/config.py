@@ -28,10 +28,8 @@ def fit_config(model: nn.Module, original: Mapping[str, torch.Size], example: An
     Returns the sizes that changed. Raises ModelError where no configuration says what the model is: layers that differ in
     width, or heads that no longer fill the width. Such a model is loaded with its plan instead.
 
-    >>> before = {name: p.shape for name, p in model.named_parameters()}
-    >>> smaller = cut(model, plan)
-    >>> fit_config(smaller, before, example)
-    {'intermediate_size': 48}
+    In short: ``before = {name: p.shape for name, p in model.named_parameters()}``, cut the model, then
+    ``fit_config(smaller, before, example)``, which gives for example ``{'intermediate_size': 48}``.
     """
     config: Any = model.config
     search = _Search(model, config, example)

@@ -367,8 +367,10 @@ def trace(model: nn.Module, example: Any) -> Graph:
     `example` is a tensor, a tuple of positional arguments or a mapping of keyword arguments. Raises ModelError where the
     forward fails.
 
-    >>> graph = trace(model, torch.randn(1, 3, 224, 224))
-    >>> graph.units("channel")[0]
+    >>> import torch
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> trace(model, torch.zeros(1, 4)).units("neuron")
+    [Group(0, neuron, 8 units of 0.weight:0, 0.bias:0, 2.weight:1)]
     """
     return Graph(model, record(model, example))
 

@@ -47,7 +47,10 @@ def prune_channels(
     Raises RecipeError for a sparsity out of [0, 1), UnknownName where `ignore` matches nothing, LayerError where nothing can
     be cut, and ModelError where the forward fails or the comparison does.
 
-    >>> smaller, plan = prune_channels(model, torch.randn(1, 3, 224, 224), sparsity=0.5)
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> smaller, plan = prune_channels(model, torch.randn(1, 4), sparsity=0.5)
+    >>> smaller[0]
+    Linear(in_features=4, out_features=4, bias=True)
     """
     graph = trace(model, example)
     groups = choose_groups(graph, kinds, ignore)

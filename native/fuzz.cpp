@@ -1,0 +1,134 @@
+// Random shapes, sparsities, strides, blocks and threads against plain loops, for a build with AddressSanitizer: every
+// buffer is an allocation of exactly its size, so that a read or write one float outside is caught.
+//   fuzz [cases] [seed]
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <random>
+#include <sstream>
+#include <string>
+#include <vector>
+
+#include "dispatch.h"
+#include "product.h"
+#include "weights.h"
+
+using namespace secateur;
+
+namespace {
+
+std::mt19937_64 random_bits;
+
+int64_t pick(int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(random_bits); }
+double chance() { return std::uniform_real_distribution<double>(0, 1)(random_bits); }
+
+// malloc'ed to the byte, unlike std::vector, whose capacity may be larger than its size.
+struct Floats {
+    std::unique_ptr<float[]> data;
+    int64_t size;
+    explicit Floats(int64_t n, double density = 1.0) : data(new float[n]), size(n) {
+        for (int64_t i = 0; i < n; ++i) data[i] = chance() < density ? static_cast<float>(chance() * 2 - 1) : 0.f;
+    }
+    float* get() const { return data.get(); }
+};
+
+const Kernels& any_kernels() {
+    std::stringstream names(available_kernels());
+    std::vector<std::string> all;
+    for (std::string name; std::getline(names, name, ',');) all.push_back(name);
+    return *find_kernels(all[pick(0, static_cast<int64_t>(all.size()) - 1)].c_str());
+}
+
+int64_t any_size(int64_t most) { return chance() < 0.05 ? 0 : chance() < 0.5 ? pick(1, 20) : pick(1, most); }
+
+double activated(double x, Activation kind) {
+    switch (kind) {
+        case Activation::relu: return x < 0 ? 0 : x;
+        case Activation::gelu: return 0.5 * x * std::erfc(-x / std::sqrt(2.0));
+        case Activation::silu: return x / (1 + std::exp(-x));
+        default: return x;
+    }
+}
+
+[[noreturn]] void fail(const char* what, const Kernels& k, int64_t at, double got, double expected) {
+    std::printf("%s on %s: element %lld is %.9g, should be %.9g\n", what, k.name, static_cast<long long>(at), got, expected);
+    std::exit(1);
+}
+
+void compare(const char* what, const Kernels& k, int64_t at, double got, double expected, double scale) {
+    if (!(std::fabs(got - expected) <= 1e-5 * (1 + scale))) fail(what, k, at, got, expected);
+}
+
+void check_linear() {
+    const Kernels& k = any_kernels();
+    const int shape = static_cast<int>(pick(0, 2));
+    PackOptions o;
+    o.block_rows = shape == 1 ? 4 : 1, o.block_cols = shape == 2 ? 4 : 1;
+    o.column_block = static_cast<int32_t>(pick(0, 1) ? pick(1, 200) : 0), o.chunk_rows = static_cast<int32_t>(pick(0, 1) ? pick(1, 64) : 0);
+    const int64_t m = any_size(200), rows = any_size(50) * o.block_rows, cols = any_size(150) * o.block_cols;
+    const int64_t stride = cols + pick(0, 3);
+    const auto act = static_cast<Activation>(pick(0, 3));
+    const int threads = static_cast<int>(pick(1, 5));
+    Floats w(rows * cols, chance()), x(m ? (m - 1) * stride + cols : 0), b(rows), y(m * rows), z(m * rows), back(rows * cols);
+    const bool biased = pick(0, 1);
+    const Buffer packed = pack(w.get(), rows, cols, o, threads), bits = pack_bits(w.get(), rows, cols, ValueType::float32);
+    const Program& program = as_program(packed.data.get(), packed.bytes, rows, cols);
+    unpack(program, back.get());
+    for (int64_t i = 0; i < w.size; ++i)
+        if (w.data[i] != back.data[i]) fail("unpack", k, i, back.data[i], w.data[i]);
+    unpack_bits(as_bits(bits.data.get(), bits.bytes, rows, cols), back.get());
+    for (int64_t i = 0; i < w.size; ++i)
+        if (w.data[i] != back.data[i]) fail("unpack_bits", k, i, back.data[i], w.data[i]);
+    linear(k, program, x.get(), m, stride, y.get(), {biased ? b.get() : nullptr, act}, threads);
+    matvec(k, as_bits(bits.data.get(), bits.bytes, rows, cols), x.get(), m, stride, z.get(), {biased ? b.get() : nullptr, act}, threads);
+    for (int64_t i = 0; i < m; ++i)
+        for (int64_t r = 0; r < rows; ++r) {
+            double sum = biased ? b.data[r] : 0, scale = 0;
+            for (int64_t c = 0; c < cols; ++c) {
+                const double term = static_cast<double>(w.data[r * cols + c]) * x.data[i * stride + c];
+                sum += term, scale += std::fabs(term);
+            }
+            compare("linear", k, i * rows + r, y.data[i * rows + r], activated(sum, act), scale);
+            compare("matvec", k, i * rows + r, z.data[i * rows + r], activated(sum, act), scale);
+        }
+}
+
+void check_conv() {
+    const Kernels& k = any_kernels();
+    const int64_t groups = pick(0, 2) ? 1 : pick(1, 3), in = pick(1, 6), out = pick(1, 12);
+    ConvShape s{pick(0, 3), groups * in, 0, 0, pick(1, 4), pick(1, 4), pick(1, 3), pick(1, 3), pick(0, 3), pick(0, 3), pick(1, 2), pick(1, 2)};
+    s.height = std::max<int64_t>(1, s.dilation_h * (s.kernel_h - 1) + 1 - 2 * s.pad_h) + pick(0, 12);
+    s.width = std::max<int64_t>(1, s.dilation_w * (s.kernel_w - 1) + 1 - 2 * s.pad_w) + pick(0, 40);
+    if (pick(0, 3) == 0) s.kernel_h = s.kernel_w = s.stride_h = s.stride_w = 1, s.pad_h = s.pad_w = 0;
+    PackOptions o;
+    o.groups = static_cast<int32_t>(groups);
+    o.column_block = static_cast<int32_t>(pick(0, 1) ? pick(1, 40) : 0), o.chunk_rows = static_cast<int32_t>(pick(0, 1) ? pick(1, 8) : 0);
+    const int64_t rows = groups * out, cols = in * s.kernel_h * s.kernel_w, pixels = s.out_h() * s.out_w();
+    const int threads = static_cast<int>(pick(1, 5));
+    Floats w(rows * cols, chance()), x(s.images * s.channels * s.height * s.width), b(rows), y(s.images * rows * pixels);
+    const Buffer packed = pack(w.get(), rows, cols, o, threads);
+    conv2d(k, as_program(packed.data.get(), packed.bytes, rows, cols), x.get(), s, y.get(), {b.get(), Activation::none}, threads);
+    for (int64_t n = 0; n < s.images; ++n)
+        for (int64_t r = 0; r < rows; ++r)
+            for (int64_t p = 0; p < pixels; ++p) {
+                double sum = b.data[r];
+                for (int64_t c = 0; c < cols; ++c) {
+                    const int64_t channel = r / out * in + c / (s.kernel_h * s.kernel_w), tap = c % (s.kernel_h * s.kernel_w);
+                    const int64_t yy = p / s.out_w() * s.stride_h - s.pad_h + tap / s.kernel_w * s.dilation_h;
+                    const int64_t xx = p % s.out_w() * s.stride_w - s.pad_w + tap % s.kernel_w * s.dilation_w;
+                    if (yy >= 0 && yy < s.height && xx >= 0 && xx < s.width)
+                        sum += static_cast<double>(w.data[r * cols + c]) * x.data[((n * s.channels + channel) * s.height + yy) * s.width + xx];
+                }
+                compare("conv2d", k, (n * rows + r) * pixels + p, y.data[(n * rows + r) * pixels + p], sum, static_cast<double>(cols));
+            }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+    const int64_t cases = argc > 1 ? std::atoll(argv[1]) : 1000;
+    random_bits.seed(argc > 2 ? static_cast<uint64_t>(std::atoll(argv[2])) : 0);
+    for (int64_t i = 0; i < cases; ++i) pick(0, 1) ? check_linear() : check_conv();
+    std::printf("%lld cases on %s\n", static_cast<long long>(cases), available_kernels());
+}

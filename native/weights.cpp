@@ -1,0 +1,295 @@
+#include "weights.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <numeric>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "parallel.h"
+
+namespace secateur {
+
+namespace {
+
+constexpr int64_t kSlack = 256;  // bytes behind the last value that a whole vector may read
+
+struct Layout {
+    int64_t end;
+    int64_t add(int64_t bytes) {
+        const int64_t at = end;
+        end += (bytes + 63) / 64 * 64;
+        return at;
+    }
+};
+
+bool block_is_zero(const float* block, int64_t cols, int32_t block_rows, int32_t block_cols) {
+    for (int32_t r = 0; r < block_rows; ++r)
+        for (int32_t c = 0; c < block_cols; ++c)
+            if (block[r * cols + c] != 0.f) return false;
+    return true;
+}
+
+void check(int64_t rows, int64_t cols, const PackOptions& o) {
+    const auto refuse = [](const std::string& why) { throw std::invalid_argument(why); };
+    if (rows < 0 || cols < 0) refuse("a weight has no negative size");
+    if (o.groups < 1 || rows % o.groups) refuse(std::to_string(rows) + " rows do not divide into " + std::to_string(o.groups) + " groups");
+    const bool known = (o.block_rows == 1 || o.block_rows == 4) && (o.block_cols == 1 || o.block_cols == 4);
+    if (!known || o.block_rows * o.block_cols == 16) refuse("blocks are 1x1, 4x1 or 1x4");
+    if (rows / o.groups % o.block_rows || cols % o.block_cols)
+        refuse("a weight of " + std::to_string(rows) + " rows in " + std::to_string(o.groups) + " groups and " + std::to_string(cols) +
+               " columns does not divide into blocks of " + std::to_string(o.block_rows) + "x" + std::to_string(o.block_cols));
+    if (o.column_block < 0 || o.chunk_rows < 0) refuse("block sizes are positive");
+}
+
+// The weight as chunks of rows and blocks of columns, before anything is stored.
+struct Plan {
+    const float* weight;
+    int64_t rows, cols;
+    PackOptions o;
+    int64_t block_rows_total, column_blocks;
+    std::vector<Chunk> chunks;
+    std::vector<uint16_t> count;  // [block rows, column blocks]
+
+    Plan(const float* w, int64_t rows, int64_t cols, const PackOptions& options) : weight(w), rows(rows), cols(cols), o(options) {
+        const int64_t most = static_cast<int64_t>(kMaxLocal) * o.block_cols;
+        int64_t wide = o.column_block ? std::min<int64_t>(o.column_block, cols) : cols;
+        wide = std::clamp<int64_t>(wide, o.block_cols, most) / o.block_cols * o.block_cols;
+        o.column_block = static_cast<int32_t>(wide);
+        column_blocks = std::max<int64_t>(1, (cols + wide - 1) / wide);
+        block_rows_total = rows / o.block_rows;
+        const int64_t per_group = block_rows_total / o.groups;
+        int64_t tall = o.chunk_rows ? std::max(1, o.chunk_rows / o.block_rows) : std::max<int64_t>(per_group, 1);
+        tall = std::min<int64_t>(tall, kMaxLocal);
+        for (int32_t g = 0; g < o.groups; ++g)
+            for (int64_t r = 0; r < per_group; r += tall)
+                chunks.push_back({static_cast<int32_t>(g * per_group + r), static_cast<int32_t>(std::min(tall, per_group - r)), g, 0, 0});
+    }
+
+    template <class Visit>
+    void visit(int64_t row, int64_t block, const Visit& found) const {
+        const float* first = weight + row * o.block_rows * cols;
+        const int64_t begin = block * o.column_block, end = std::min(cols, begin + o.column_block);
+        for (int64_t c = begin; c < end; c += o.block_cols)
+            if (!block_is_zero(first + c, cols, o.block_rows, o.block_cols)) found(first + c, (c - begin) / o.block_cols);
+    }
+
+    void count_all(int threads) {
+        count.assign(block_rows_total * column_blocks, 0);
+        parallel(static_cast<int64_t>(chunks.size()), threads, [&](int64_t i) {
+            for (int64_t r = chunks[i].row; r < chunks[i].row + chunks[i].rows; ++r)
+                for (int64_t b = 0; b < column_blocks; ++b) {
+                    uint16_t n = 0;
+                    visit(r, b, [&](const float*, int64_t) { ++n; });
+                    count[r * column_blocks + b] = n;
+                    chunks[i].nonzeros += n;
+                }
+        });
+    }
+
+    // Rows of a segment, longest first; empty ones only in the first column block, where every row gets its bias.
+    std::vector<uint16_t> order(const Chunk& chunk, int64_t block) const {
+        std::vector<uint16_t> rows;
+        const auto length = [&](uint16_t r) { return count[(chunk.row + r) * column_blocks + block]; };
+        for (int32_t r = 0; r < chunk.rows; ++r)
+            if (block == 0 || length(static_cast<uint16_t>(r))) rows.push_back(static_cast<uint16_t>(r));
+        std::stable_sort(rows.begin(), rows.end(), [&](uint16_t a, uint16_t b) { return length(a) > length(b); });
+        return rows;
+    }
+};
+
+}  // namespace
+
+Buffer pack(const float* weight, int64_t rows, int64_t cols, const PackOptions& options, int threads) {
+    check(rows, cols, options);
+    Plan plan(weight, rows, cols, options);
+    plan.count_all(threads);
+    const auto chunks = static_cast<int64_t>(plan.chunks.size());
+    const int64_t segments = chunks * plan.column_blocks, area = plan.o.block_rows * plan.o.block_cols;
+
+    std::vector<std::vector<uint16_t>> order(segments);
+    std::vector<std::vector<Run>> runs(segments);
+    parallel(chunks, threads, [&](int64_t c) {
+        for (int64_t b = 0; b < plan.column_blocks; ++b) {
+            auto& rows_here = order[c * plan.column_blocks + b] = plan.order(plan.chunks[c], b);
+            auto& runs_here = runs[c * plan.column_blocks + b];
+            for (uint16_t r : rows_here) {
+                const uint16_t n = plan.count[(plan.chunks[c].row + r) * plan.column_blocks + b];
+                if (runs_here.empty() || runs_here.back().blocks != n) runs_here.push_back({n, 0});
+                ++runs_here.back().rows;
+            }
+        }
+    });
+
+    std::vector<Segment> segment(segments);
+    int64_t stored = 0, run_total = 0, row_total = 0;
+    for (int64_t s = 0; s < segments; ++s) {
+        segment[s] = {stored, static_cast<int32_t>(run_total), static_cast<int32_t>(runs[s].size()), static_cast<int32_t>(row_total), 0};
+        for (const Run& r : runs[s]) stored += static_cast<int64_t>(r.blocks) * r.rows;
+        run_total += static_cast<int64_t>(runs[s].size());
+        row_total += static_cast<int64_t>(order[s].size());
+        if (row_total > INT32_MAX) throw std::invalid_argument("the weight has too many rows and column blocks for 32-bit positions");
+    }
+
+    Layout layout{(static_cast<int64_t>(sizeof(Program)) + 63) / 64 * 64};
+    Program p{};
+    p.magic = kProgramMagic;
+    p.rows = rows, p.cols = cols;
+    p.groups = plan.o.groups, p.block_rows = plan.o.block_rows, p.block_cols = plan.o.block_cols;
+    p.column_block = plan.o.column_block;
+    p.chunks = static_cast<int32_t>(chunks), p.column_blocks = static_cast<int32_t>(plan.column_blocks);
+    p.nonzeros = stored;
+    p.chunk_at = layout.add(chunks * sizeof(Chunk));
+    p.segment_at = layout.add(segments * sizeof(Segment));
+    p.run_at = layout.add(run_total * sizeof(Run));
+    p.row_at = layout.add(row_total * sizeof(uint16_t));
+    p.value_at = layout.add(stored * area * sizeof(float));
+    p.index_at = layout.add(stored * sizeof(uint16_t));
+    p.bytes = layout.end;
+
+    Buffer out{std::make_unique_for_overwrite<char[]>(p.bytes), p.bytes};
+    char* base = out.data.get();
+    std::memcpy(base, &p, sizeof p);
+    std::copy(plan.chunks.begin(), plan.chunks.end(), reinterpret_cast<Chunk*>(base + p.chunk_at));
+    std::copy(segment.begin(), segment.end(), reinterpret_cast<Segment*>(base + p.segment_at));
+    parallel(segments, threads, [&](int64_t s) {
+        std::copy(runs[s].begin(), runs[s].end(), reinterpret_cast<Run*>(base + p.run_at) + segment[s].run);
+        std::copy(order[s].begin(), order[s].end(), reinterpret_cast<uint16_t*>(base + p.row_at) + segment[s].row);
+        float* value = reinterpret_cast<float*>(base + p.value_at) + segment[s].value * area;
+        uint16_t* index = reinterpret_cast<uint16_t*>(base + p.index_at) + segment[s].value;
+        const Chunk& chunk = plan.chunks[s / plan.column_blocks];
+        for (uint16_t r : order[s])
+            plan.visit(chunk.row + r, s % plan.column_blocks, [&](const float* block, int64_t local) {
+                *index++ = static_cast<uint16_t>(local);
+                for (int32_t i = 0; i < plan.o.block_rows; ++i)
+                    for (int32_t j = 0; j < plan.o.block_cols; ++j) *value++ = block[i * cols + j];
+            });
+    });
+    return out;
+}
+
+void unpack(const Program& p, float* weight) {
+    std::fill(weight, weight + p.rows * p.cols, 0.f);
+    const int64_t area = p.block_rows * p.block_cols;
+    for (int32_t c = 0; c < p.chunks; ++c)
+        for (int32_t b = 0; b < p.column_blocks; ++b) {
+            const Segment& segment = *p.segment(c, b);
+            const float* value = p.value() + segment.value * area;
+            const uint16_t *index = p.index() + segment.value, *row = p.row() + segment.row;
+            for (const Run* run = p.run() + segment.run; run != p.run() + segment.run + segment.runs; ++run)
+                for (int32_t r = 0; r < run->rows; ++r, ++row)
+                    for (int32_t n = 0; n < run->blocks; ++n, ++index, value += area)
+                        for (int64_t i = 0; i < area; ++i) {
+                            const int64_t y = (p.chunk()[c].row + static_cast<int64_t>(*row)) * p.block_rows + i / p.block_cols;
+                            weight[y * p.cols + b * static_cast<int64_t>(p.column_block) + *index * p.block_cols + i % p.block_cols] = value[i];
+                        }
+        }
+}
+
+namespace {
+
+uint16_t to_bfloat16(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    if (std::isnan(x)) return static_cast<uint16_t>(bits >> 16 | 64);
+    return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);  // to nearest, ties to even
+}
+
+float from_bfloat16(uint16_t half) {
+    const uint32_t bits = static_cast<uint32_t>(half) << 16;
+    float x;
+    std::memcpy(&x, &bits, 4);
+    return x;
+}
+
+int64_t value_bytes(ValueType type) { return type == ValueType::float32 ? 4 : type == ValueType::bfloat16 ? 2 : 1; }
+
+}  // namespace
+
+Buffer pack_bits(const float* weight, int64_t rows, int64_t cols, ValueType type) {
+    if (rows < 0 || cols < 0) throw std::invalid_argument("a weight has no negative size");
+    const int64_t nonzeros = std::count_if(weight, weight + rows * cols, [](float w) { return w != 0.f; });
+    Layout layout{(static_cast<int64_t>(sizeof(Bits)) + 63) / 64 * 64};
+    Bits head{};
+    head.magic = kBitsMagic, head.type = type;
+    head.rows = rows, head.cols = cols, head.words = (cols + 63) / 64, head.nonzeros = nonzeros;
+    head.mask_at = layout.add(rows * head.words * 8);
+    head.start_at = layout.add((rows + 1) * 8);
+    head.scale_at = layout.add(type == ValueType::int8 ? rows * 4 : 0);
+    head.value_at = layout.add(nonzeros * value_bytes(type) + kSlack);
+    head.bytes = layout.end;
+    Buffer out{std::make_unique<char[]>(head.bytes), head.bytes};
+    char* base = out.data.get();
+    std::memcpy(base, &head, sizeof head);
+    auto* mask = reinterpret_cast<uint64_t*>(base + head.mask_at);
+    auto* start = reinterpret_cast<int64_t*>(base + head.start_at);
+    auto* scale = reinterpret_cast<float*>(base + head.scale_at);
+    char* value = base + head.value_at;
+    int64_t at = 0;
+    for (int64_t r = 0; r < rows; ++r) {
+        start[r] = at;
+        const float* row = weight + r * cols;
+        float step = 1.f;
+        if (type == ValueType::int8) {
+            float most = 0.f;
+            for (int64_t c = 0; c < cols; ++c) {
+                if (!std::isfinite(row[c])) throw std::invalid_argument("row " + std::to_string(r) + " has values that are not finite: int8 cannot hold them");
+                most = std::max(most, std::fabs(row[c]));
+            }
+            scale[r] = step = most > 0.f ? most / 127.f : 1.f;
+        }
+        for (int64_t c = 0; c < cols; ++c) {
+            if (row[c] == 0.f) continue;
+            mask[r * head.words + c / 64] |= uint64_t{1} << (c % 64);
+            if (type == ValueType::float32) reinterpret_cast<float*>(value)[at] = row[c];
+            if (type == ValueType::bfloat16) reinterpret_cast<uint16_t*>(value)[at] = to_bfloat16(row[c]);
+            if (type == ValueType::int8) reinterpret_cast<int8_t*>(value)[at] = static_cast<int8_t>(std::lrint(row[c] / step));
+            ++at;
+        }
+    }
+    start[rows] = at;
+    return out;
+}
+
+void unpack_bits(const Bits& bits, float* weight) {
+    const char* value = bits.at<char>(bits.value_at);
+    int64_t at = 0;
+    for (int64_t r = 0; r < bits.rows; ++r)
+        for (int64_t c = 0; c < bits.cols; ++c) {
+            float x = 0.f;
+            if (bits.mask()[r * bits.words + c / 64] >> (c % 64) & 1) {
+                if (bits.type == ValueType::float32) x = reinterpret_cast<const float*>(value)[at];
+                if (bits.type == ValueType::bfloat16) x = from_bfloat16(reinterpret_cast<const uint16_t*>(value)[at]);
+                if (bits.type == ValueType::int8) x = reinterpret_cast<const int8_t*>(value)[at] * bits.scale()[r];
+                ++at;
+            }
+            weight[r * bits.cols + c] = x;
+        }
+}
+
+namespace {
+
+template <class T>
+const T& as(const void* data, int64_t bytes, uint32_t magic, int64_t rows, int64_t cols) {
+    const auto* head = static_cast<const T*>(data);
+    if (bytes < static_cast<int64_t>(sizeof(T)) || head->magic != magic || head->bytes != bytes)
+        throw std::invalid_argument("the buffer holds no packed weight of this kind");
+    if (head->rows != rows || (cols >= 0 && head->cols != cols))
+        throw std::invalid_argument("the packed weight is " + std::to_string(head->rows) + " x " + std::to_string(head->cols) +
+                                    ", asked for as " + std::to_string(rows) + " x " + std::to_string(cols));
+    return *head;
+}
+
+}  // namespace
+
+const Program& as_program(const void* data, int64_t bytes, int64_t rows, int64_t cols) {
+    return as<Program>(data, bytes, kProgramMagic, rows, cols);
+}
+
+const Bits& as_bits(const void* data, int64_t bytes, int64_t rows, int64_t cols) {
+    return as<Bits>(data, bytes, kBitsMagic, rows, cols);
+}
+
+}  // namespace secateur

@@ -1,0 +1,142 @@
+"""The ways a sparse layer can be run. Each says which layers it takes, and why not the others."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from secateur.registry import Registry
+from secateur.runtime import native
+from secateur.runtime.formats.block import stored_fraction
+from secateur.runtime.modules import SparseConv2d, SparseLinear, padding_of
+from secateur.runtime.semi_structured import SemiStructuredRuntime
+
+LEAST_SPARSITY = 0.3  #: below it no kernel has ever won, and none is tried
+_FEW_ROWS = 8  #: activations up to which a layer is bound by reading its weight
+
+
+class Runtime(Protocol):
+    """Runs one layer in a sparse way. A refusal is a reason, never a silent fallback."""
+
+    def refuses(self, module: nn.Module, example: Tensor) -> str | None:
+        """Why `module` cannot or should not run on inputs like `example` this way, or None where it can."""
+        ...
+
+    def convert(self, module: nn.Module) -> nn.Module:
+        """A module for inference that computes the same. `module` stays as it is."""
+        ...
+
+
+RUNTIMES: Registry[Any] = Registry("runtime")
+
+
+@dataclass(frozen=True)
+class PanelRuntime:
+    """Rows of nonzeros times panels of activations that stay in cache."""
+
+    block: tuple[int, int] = (1, 1)
+
+    def refuses(self, module: nn.Module, example: Tensor) -> str | None:
+        """Float32 linear layers and convolutions on the CPU; with a block also zeros that form such blocks."""
+        if reason := _unfit(module, example):
+            return reason
+        weight = module.weight.detach().flatten(1)  # type: ignore[union-attr,operator]
+        rows, cols = self.block
+        if self.block == (1, 1):
+            return None
+        groups = getattr(module, "groups", 1)
+        if weight.shape[0] // groups % rows or weight.shape[1] % cols:
+            return f"its matrix of {weight.shape[0]} x {weight.shape[1]} is no multiple of {rows} x {cols}"
+        kept, stored = float((weight != 0).float().mean()), stored_fraction(weight, rows, cols)
+        if stored > 1.25 * kept:
+            return f"its zeros form no blocks of {rows}x{cols}: they would store {stored:.0%} where {kept:.0%} are kept"
+        return None
+
+    def convert(self, module: nn.Module) -> nn.Module:
+        """A `SparseLinear` or `SparseConv2d` for the same weight and bias."""
+        if isinstance(module, nn.Conv2d):
+            return SparseConv2d.from_conv(module, block=self.block)
+        assert isinstance(module, nn.Linear)
+        return SparseLinear.from_dense(module.weight, module.bias, block=self.block)
+
+
+@dataclass(frozen=True)
+class BitmaskRuntime:
+    """A bit for each weight and the kept ones: fewest bytes to read, for a few rows of activations at a time."""
+
+    values: torch.dtype = torch.float32
+
+    def refuses(self, module: nn.Module, example: Tensor) -> str | None:
+        """Float32 linear layers on the CPU with at most 8 rows of activations."""
+        if reason := _unfit(module, example):
+            return reason
+        if not isinstance(module, nn.Linear):
+            return "the bitmask kernel serves linear layers only"
+        rows = example.shape[:-1].numel()
+        return (
+            f"{rows} rows of activations: with more than {_FEW_ROWS} reading the weight is no bottleneck"
+            if rows > _FEW_ROWS
+            else None
+        )
+
+    def convert(self, module: nn.Module) -> nn.Module:
+        """A `SparseLinear` with the bitmask kernel."""
+        assert isinstance(module, nn.Linear)
+        return SparseLinear.from_dense(module.weight, module.bias, kernel="bitmask", values=self.values)
+
+
+@RUNTIMES.register("panel", source="panels: Goto and van de Geijn 2008, Anatomy of High-Performance Matrix Multiplication")
+def panel() -> PanelRuntime:
+    """Unstructured zeros on CPUs: linear layers and convolutions of many rows or pixels."""
+    return PanelRuntime()
+
+
+@RUNTIMES.register("panel-4x1", source="own kernels; blocks after Narang et al. 2017, Block-Sparse Recurrent Neural Networks")
+def panel_4x1() -> PanelRuntime:
+    """Blocks of 4 outputs by 1 input on CPUs: each activation loaded serves four outputs."""
+    return PanelRuntime((4, 1))
+
+
+@RUNTIMES.register("panel-1x4", source="own kernels; blocks after Narang et al. 2017, Block-Sparse Recurrent Neural Networks")
+def panel_1x4() -> PanelRuntime:
+    """Blocks of 1 output by 4 inputs on CPUs: one index for four weights."""
+    return PanelRuntime((1, 4))
+
+
+@RUNTIMES.register("bitmask", source="own kernels; bit masks after Parashar et al. 2017, SCNN")
+def bitmask() -> BitmaskRuntime:
+    """Linear layers that meet a few rows at a time on CPUs, bound by reading their weight."""
+    return BitmaskRuntime()
+
+
+@RUNTIMES.register("2:4", source="Mishra et al. 2021, Accelerating Sparse Deep Neural Networks")
+def semi_structured() -> SemiStructuredRuntime:
+    """2:4 linear layers on GPUs with sparse tensor cores."""
+    return SemiStructuredRuntime()
+
+
+def _unfit(module: nn.Module, example: Tensor) -> str | None:
+    """What all CPU kernels have in common: why they cannot take the layer."""
+    if reason := native.missing():
+        return reason
+    base: Any = next((kind for kind in (nn.Linear, nn.Conv2d) if isinstance(module, kind)), None)
+    if base is None:
+        return f"the CPU kernels serve linear layers and two-dimensional convolutions, not {type(module).__name__}"
+    if example.device.type != "cpu" or example.dtype != torch.float32 or module.weight.dtype != torch.float32:
+        dtypes = f"{module.weight.dtype} weights and {example.dtype} activations"
+        return f"the CPU kernels take float32 on the CPU, not {dtypes} on {example.device}"
+    if isinstance(module, nn.Conv2d):
+        if module.padding_mode != "zeros":
+            return f"it pads with {module.padding_mode!r}, the kernels with zeros"
+        if module.groups > 1 and module.groups == module.in_channels:
+            return "a depthwise convolution has nothing to skip: a handful of weights a channel"
+        try:
+            padding_of(module)
+        except ValueError as error:
+            return str(error)
+    if type(module) is not base and not torch.equal(module(example), base.forward(module, example)):
+        return f"{type(module).__name__} computes something else than the {base.__name__} it derives from"
+    return None
