@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from secateur.data.batches import Batch, Batches, Loss
 from secateur.errors import RecipeError
@@ -14,6 +14,7 @@ from secateur.recipe import Recipe
 from secateur.schedules import make_schedule
 from secateur.selection import Method, prunable, resolve, target_sparsity
 from secateur.stats import Calibration, collect
+from secateur.stats.blocks import grams_in_turn
 from secateur.types import Need, Schedule
 
 
@@ -38,7 +39,7 @@ class Job:
         return self.method.pattern.name
 
     def statistics(self, model: nn.Module) -> Calibration:
-        """What the method's criterion and solver need to know of `model`, of which `layers` must be."""
+        """What the method's criterion needs to know of `model`, of which `layers` must be."""
         return collect(
             model,
             self.layers,
@@ -48,6 +49,12 @@ class Job:
             seed=self.recipe.seed,
             example=self.example,
         )
+
+    def grams(self, model: nn.Module, done: Collection[str] = ()) -> Iterator[dict[str, Tensor]] | None:
+        """What the method's solver needs to know, by `grams_in_turn` without the layers `done`; None where it needs nothing."""
+        if Need.GRAM not in self.method.solver_needs or self.batches is None:
+            return None
+        return grams_in_turn(model, self.layers, self.batches, seed=self.recipe.seed, done=done)
 
 
 def prepare(
@@ -74,7 +81,7 @@ def prepare(
     layers, skipped = prunable(model, method.pattern, layers=recipe.layers, ignore=recipe.ignore)
     batches = None if data is None else Batches(data)
     training = batches if train is None else Batches(train)
-    check_data(recipe, method.criterion_name, method.needs, batches, training)
+    check_data(recipe, method.criterion_name, method.needs | method.solver_needs, batches, training)
     if example is None and batches is not None:
         example = next(iter(batches))
     return Job(recipe, method, sparsity, _schedule(recipe), layers, skipped, batches, training, loss, example)

@@ -28,6 +28,7 @@ from secateur.report.build import environment, layer_report
 from secateur.report.html import render
 from secateur.resume import Progress
 from secateur.selection import choose, solve
+from secateur.solved import SolvedSoFar
 from secateur.structured import UnitJob, choose_units, cut_units, prepare_units
 from secateur.train.finetune import finetune
 from secateur.types import LayerPlan, MaskSet, Measurement, Plan, Point, Report, Result, Sensitivity, Solved
@@ -151,7 +152,8 @@ class _Outcome:
 
 def _is_long(job: Job | UnitJob) -> bool:
     """Whether a run that is stopped would lose enough to be worth its state on disk."""
-    return job.recipe.finetune is not None or (job.recipe.steps > 1 and job.batches is not None)
+    solves = isinstance(job, Job) and bool(job.method.solver_needs)
+    return job.recipe.finetune is not None or (job.batches is not None and (job.recipe.steps > 1 or solves))
 
 
 def _carry_out(
@@ -197,7 +199,16 @@ def _step(job: Job, model: nn.Module, step: int, masks: MaskSet | None, progress
     """One pruning step: statistics, masks and weights, repair, training."""
     target = job.schedule((step + 1) / job.recipe.steps, job.sparsity)
     calibration = job.statistics(model)
-    solved = solve(job.layers, calibration.layers, sparsity=target, method=job.method, previous=masks)
+    so_far = SolvedSoFar(progress.solving if progress is not None and job.method.solver_needs else None)
+    solved = solve(
+        job.layers,
+        calibration.layers,
+        sparsity=target,
+        method=job.method,
+        previous=masks,
+        grams=job.grams(model, so_far.masks),
+        so_far=so_far,
+    )
     _repair(job, model, step, solved.masks, progress)
     return replace(solved, notes=(*calibration.notes, *solved.notes))
 

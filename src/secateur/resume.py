@@ -42,6 +42,11 @@ class Progress:
         """Checkpoint of the fine-tuning in hand."""
         return self._folder / "training.safetensors"
 
+    @property
+    def solving(self) -> Path:
+        """Folder of the layers solved so far in the step in hand."""
+        return self._folder / "solving"
+
     def restore(self, model: nn.Module) -> tuple[int, MaskSet | None, list[Point]]:
         """Steps done, masks and points so far; the weights go into `model`. Nothing done where there is nothing to resume."""
         file = self._folder / "step.safetensors"
@@ -57,6 +62,7 @@ class Progress:
         state = {"step": step, "model": dict(model.state_dict()), "masks": dict(masks), "points": [vars(p) for p in points]}
         save_state(self._folder / "step.safetensors", state)
         self.training.unlink(missing_ok=True)
+        shutil.rmtree(self.solving, ignore_errors=True)
 
     def clear(self) -> None:
         """The run is finished: remove its state."""

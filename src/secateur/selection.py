@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import IntTensor, Tensor, nn
@@ -18,6 +18,7 @@ from secateur.progress import track
 from secateur.quadratic import output_error
 from secateur.registry import Named, bind
 from secateur.select import top
+from secateur.solved import SolvedSoFar
 from secateur.solvers import SOLVERS
 from secateur.sparsity import check_sparsity
 from secateur.types import LayerStats, MaskSet, Need, Pattern, Solution, Solved, UnitScores
@@ -29,7 +30,8 @@ class Method:
 
     criterion: Callable[[LayerStats], Tensor]
     criterion_name: str
-    needs: frozenset[Need]
+    needs: frozenset[Need]  #: of the criterion
+    solver_needs: frozenset[Need]  #: of the solver: collected a few layers at a time, on a model repaired so far
     reduction: str
     pattern: Pattern
     allocation: Callable[[Mapping[str, UnitScores], float], Mapping[str, IntTensor]]
@@ -63,8 +65,8 @@ def resolve(
     reduction = reduction or facts["reduction"]
     if reduction not in REDUCTIONS:
         reduce(torch.zeros(1, 1, 1), reduction)
-    needs = frozenset(facts["needs"]) | frozenset(SOLVERS[solver_name].facts["needs"])
-    return Method(score, criterion_name, needs, reduction, made, allocate, solve)
+    needs = frozenset(facts["needs"]), frozenset(SOLVERS[solver_name].facts["needs"])
+    return Method(score, criterion_name, *needs, reduction, made, allocate, solve)
 
 
 def target_sparsity(sparsity: object, pattern: Pattern) -> float:
@@ -183,35 +185,44 @@ def solve(
     sparsity: float,
     method: Method,
     previous: MaskSet | None = None,
+    grams: Iterable[Mapping[str, Tensor]] | None = None,
+    so_far: SolvedSoFar | None = None,
 ) -> Solved:
-    """As `choose`, and the solver writes the surviving weights into the model the layers belong to."""
+    """As `choose`, and the solver writes the surviving weights into the model the layers belong to.
+
+    `grams` gives the Gram matrices of a few layers at a time and is asked for the next ones after the weights of these were
+    written; the layers are solved in that order, and where it gives nothing `stats` has to have all. `so_far` holds what
+    an earlier, stopped run solved, and is told of every layer.
+    """
     scores = Scores(layers, stats, method, previous)
     counts = method.allocation(scores, sparsity)
+    so_far = so_far or SolvedSoFar()
+    so_far.write(layers)
+    for part in grams if grams is not None else [{name: stats[name].gram for name in layers}]:
+        for name, gram in part.items():
+            known = replace(stats[name], gram=gram)
+            so_far.add(name, *_solve_layer(layers[name], known, scores[name], counts[name], method))
+        so_far.save(layers)
     masks: dict[str, Tensor] = {}
-    errors: dict[str, float] = {}
-    notes: list[str] = []
-    for name, layer in track(layers.items(), "solve", len(layers)):
-        solution, error = _solve_layer(layer, stats[name], scores[name], counts[name], method)
-        _add_masks(masks, layer, method, solution.mask)
+    for name, layer in layers.items():
+        _add_masks(masks, layer, method, layer.canonical(so_far.masks[name]))
         if layer.bias in masks:
             layer.module.bias.masked_fill_(~masks[layer.bias], 0)  # type: ignore[operator, union-attr, index]
-        if error is not None:
-            errors[name] = error
-        notes += solution.notes
-    return Solved(MaskSet(masks), errors, tuple(notes))
+    return Solved(MaskSet(masks), so_far.errors, tuple(so_far.notes))
 
 
 def _solve_layer(
     layer: Layer, stats: LayerStats, units: UnitScores, keep: IntTensor, method: Method
-) -> tuple[Solution, float | None]:
-    """The solver's answer, written into the layer's parameter, and its relative output error where the inputs are known."""
+) -> tuple[Tensor, float | None, tuple[str, ...]]:
+    """The solver's answer, written into the layer's parameter: mask as stored, relative output error if known, notes."""
     before = layer.canonical(layer.parameter.detach())
     solution = method.solver(before, units.scores, keep, method.pattern, stats)
-    error = None if stats.gram is None else output_error(stats.gram, before, solution.weight)
-    if not bool(torch.isfinite(solution.weight.sum())):
-        raise NonFiniteError(non_finite_message(f"the repaired weight {layer.name!r}", solution.weight))
-    layer.parameter.copy_(layer.stored(solution.weight))
-    return solution, error
+    weight = solution.weight.to(layer.parameter.dtype)
+    if not bool(torch.isfinite(weight.sum(dtype=torch.float32))):
+        raise NonFiniteError(non_finite_message(f"the repaired weight {layer.name!r}", weight))
+    error = None if stats.gram is None else output_error(stats.gram, before, weight)
+    layer.parameter.copy_(layer.stored(weight))
+    return layer.stored(solution.mask), error, solution.notes
 
 
 def _add_masks(masks: dict[str, Tensor], layer: Layer, method: Method, mask: Tensor) -> None:
