@@ -102,8 +102,8 @@ def main() -> None:
         "",
         *grid_table(own, own_norms, own_pairs),
         "",
-        f"On the dense network re-estimating changes {own_norms - own:+.1f} points here, as a few hundred images do not give the "
-        "statistics of a whole training: it pays where pruning has moved them further than that.",
+        f"On the dense network re-estimating changes {own_norms - own:+.1f} points here, as a few hundred images do not give "
+        "the statistics of a whole training: it pays where pruning has moved them further than that.",
         "",
         "Data: `imagenet_sample_1000.npz`, one image a class (some may be training images), even indices calibrate, odd ones "
         f"judge; short side 256, centre 224x224; batches of {BATCH}.",
