@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -98,6 +99,11 @@ def timed(run: Callable[[], Tensor], repeats: int) -> tuple[Tensor, float]:
     return result, min(seconds)
 
 
+def solved_afresh(stats: LayerStats, label: str) -> Tensor:
+    assert stats.gram is not None
+    return ours(LayerStats("layer", stats.weight, gram=stats.gram.clone()), label)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", nargs="+", default=["3072x768", "768x3072"])
@@ -111,11 +117,12 @@ def main() -> None:
         stats = layer(outputs, inputs, 4 * inputs)
         gram = stats.gram
         assert gram is not None
-        work = {f"column loop{p}": (lambda p=p: column_loop(stats, p.strip() or "element")) for p in ("", " 2:4")}
+        patterns = {"": "element", " 2:4": "2:4"}
+        work = {f"column loop{words}": partial(column_loop, stats, pattern) for words, pattern in patterns.items()}
         for label in ROWS:
             if given.slow or label not in SLOW:
                 # A fresh tensor each time: factorisations are kept for layers that share their Gram matrix.
-                work[label] = lambda label=label: ours(LayerStats("layer", stats.weight, gram=gram.clone()), label)
+                work[label] = partial(solved_afresh, stats, label)
         for label, run in work.items():
             weight, seconds = timed(run, given.repeats if "alps" not in label else 1)
             error = output_error(gram, stats.weight, weight)

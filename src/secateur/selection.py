@@ -14,7 +14,6 @@ from secateur.criteria import CRITERIA
 from secateur.errors import LayerError, NonFiniteError, RecipeError
 from secateur.layers import Layer, check_finite, find_layers, non_finite_message
 from secateur.patterns import REDUCTIONS, Units, make_pattern, reduce
-from secateur.progress import track
 from secateur.quadratic import output_error
 from secateur.registry import Named, bind
 from secateur.select import top
