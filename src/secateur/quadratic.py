@@ -20,6 +20,7 @@ from secateur.errors import LayerError, NonFiniteError
 log = logging.getLogger("secateur")
 F = TypeVar("F", bound=Callable[..., Any])
 _HARDER = (1.0, 10.0, 100.0)  # damping tried one after the other where a factorisation fails
+_BLOCK = 128  # columns that `reverse_cholesky` takes at a time
 
 
 def by_group(weight: Tensor, gram: Tensor) -> Tensor:
@@ -67,22 +68,7 @@ def cholesky(gram: Tensor, damp: float, name: str) -> Factor:
     Whatever was not the plain way is in the notes. Raises NonFiniteError for a matrix with NaN or infinite values, LayerError
     for one that is not positive semidefinite at all; both name the layer.
     """
-    if not bool(torch.isfinite(gram.sum())):
-        raise NonFiniteError(f"the Gram matrix of {name!r} holds NaN or infinite values: check the calibration data")
-    notes = _dead(gram, name)
-    for dtype in (torch.float32, torch.float64):
-        for harder in _HARDER:
-            matrix = damped(gram.to(dtype), max(damp, 1e-8) * harder if harder > 1 else damp)
-            lower, info = torch.linalg.cholesky_ex(matrix)
-            if not bool(info.any()) and bool(torch.isfinite(lower.sum())):
-                if harder > 1 or dtype == torch.float64:
-                    how = f"damped {harder:g} times harder" if harder > 1 else "not damped harder"
-                    notes.append(f"the Gram matrix of {name!r} is close to singular: it was {how} and factorised in {dtype}")
-                return Factor(matrix, lower, tuple(notes))
-    raise LayerError(
-        f"the Gram matrix of {name!r} is not positive semidefinite, even damped by {damp * _HARDER[-1]:g} of its mean "
-        "diagonal: give more calibration data, or take solver 'keep' for it"
-    )
+    return _until_it_succeeds(torch.linalg.cholesky_ex, gram, damp, name)
 
 
 def reverse_cholesky(gram: Tensor, damp: float, name: str) -> Factor:
@@ -90,8 +76,48 @@ def reverse_cholesky(gram: Tensor, damp: float, name: str) -> Factor:
 
     Its inverse is the upper Cholesky factor of the inverse, which SparseGPT is written with, at a quarter of the work.
     """
-    found = cholesky(gram.flip(1, 2), damp, name)
-    return Factor(found.matrix.flip(1, 2), found.lower.flip(1, 2), found.notes)
+    return _until_it_succeeds(_reverse, gram, damp, name)
+
+
+def _until_it_succeeds(factorise: Callable[[Tensor], tuple[Tensor, Tensor]], gram: Tensor, damp: float, name: str) -> Factor:
+    if not bool(torch.isfinite(gram.sum())):
+        raise NonFiniteError(f"the Gram matrix of {name!r} holds NaN or infinite values: check the calibration data")
+    notes = _dead(gram, name)
+    for dtype in (torch.float32, torch.float64):
+        for harder in _HARDER:
+            matrix = damped(gram.to(dtype), max(damp, 1e-8) * harder if harder > 1 else damp)
+            triangle, info = factorise(matrix)
+            if not bool(info.any()) and bool(torch.isfinite(triangle.sum())):
+                if harder > 1 or dtype == torch.float64:
+                    how = f"damped {harder:g} times harder" if harder > 1 else "not damped harder"
+                    notes.append(f"the Gram matrix of {name!r} is close to singular: it was {how} and factorised in {dtype}")
+                return Factor(matrix, triangle, tuple(notes))
+    raise LayerError(
+        f"the Gram matrix of {name!r} is not positive semidefinite, even damped by {damp * _HARDER[-1]:g} of its mean "
+        "diagonal: give more calibration data, or take solver 'keep' for it"
+    )
+
+
+def _reverse(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Upper triangular ``R`` with ``R R^T = matrix``, and for each matrix 0 where it succeeded, as ``cholesky_ex``.
+
+    Blocks of columns from the last to the first, each less the products of those behind it: nearly all of the work is in
+    matrix products, which are faster than one factorisation of the whole matrix turned round.
+    """
+    result = torch.zeros_like(matrix)
+    failed = torch.zeros(len(matrix), dtype=torch.int32, device=matrix.device)
+    for stop in range(matrix.shape[1], 0, -_BLOCK):
+        start = max(0, stop - _BLOCK)
+        behind = result[:, :stop, stop:]
+        panel = torch.baddbmm(matrix[:, :stop, start:stop], behind, behind[:, start:].transpose(1, 2), alpha=-1)
+        turned, info = torch.linalg.cholesky_ex(panel[:, start:].flip(1, 2))
+        failed |= info
+        corner = turned.flip(1, 2)
+        result[:, start:stop, start:stop] = corner
+        if start:
+            above = torch.linalg.solve_triangular(corner.transpose(1, 2), panel[:, :start], upper=False, left=False)
+            result[:, :start, start:stop] = above
+    return result, failed
 
 
 def _dead(gram: Tensor, name: str) -> list[str]:

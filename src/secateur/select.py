@@ -17,7 +17,7 @@ Parts = Callable[[], Iterable[Tensor]]
 
 _CHUNK = 1 << 17  # elements handled at a time: half a megabyte stays in cache and bounds the extra memory
 _SMALL_UNITS = 16  # up to here ranks within a group come from pairwise comparison, which beats sorting by far
-_SMALL_TOTAL = 1 << 17  # up to here a sort is faster than two passes of counting
+_SMALL_TOTAL = 1 << 12  # up to here a sort is faster than a guess and a pass to check it
 _LOW = 16  # bits of the ordered key that the second counting pass resolves
 _STEP = 256  # one in so many values is looked at to guess between which two scores the threshold lies
 _FEW = 1 << 16  # so few scores may always be left undecided by the guess

@@ -293,6 +293,17 @@ def test_the_reverse_factor_is_the_inverse_of_the_factor_of_the_inverse():
     torch.testing.assert_close(torch.linalg.inv(upper[0].double()), wanted, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("width", [127, 128, 129, 300])
+def test_the_reverse_factor_by_blocks_is_that_of_the_whole(width):
+    inputs = torch.randn(2, 2 * width, width, generator=torch.Generator().manual_seed(0))
+    matrix, upper, notes = reverse_cholesky(inputs.transpose(1, 2) @ inputs, 0.01, "w")
+    assert notes == ()
+    wanted = torch.linalg.cholesky(matrix.double().flip(1, 2)).flip(1, 2)
+    torch.testing.assert_close(upper.double(), wanted, rtol=1e-4, atol=1e-4)
+    with pytest.raises(LayerError, match="not positive semidefinite"):
+        reverse_cholesky(-matrix, 0.01, "w")
+
+
 @pytest.mark.parametrize("solver", CALIBRATED)
 def test_prune_repairs_and_reports_the_error_of_every_layer(solver):
     torch.manual_seed(0)
