@@ -70,6 +70,11 @@ def prepare(
 
     Raises RecipeError, UnknownName, LayerError, NonFiniteError or DataError.
     """
+    if recipe.repair != "none":
+        raise RecipeError(
+            f"repair {recipe.repair!r} is for patterns that cut units (channel, head, ...); pattern {recipe.pattern!r} masks "
+            "single weights, which a solver repairs: solver='least-squares'."
+        )
     method = resolve(
         criterion=recipe.criterion,
         pattern=recipe.pattern,
@@ -95,6 +100,8 @@ def check_data(recipe: Recipe, criterion: str, needs: Collection[Need], batches:
         return
     if needed := sorted(n.value for n in needs if n.data):
         raise RecipeError(f"criterion {criterion!r} needs {', '.join(needed)}: pass data=, an iterable of batches")
+    if recipe.repair != "none":
+        raise RecipeError(f"repair {recipe.repair!r} needs calibration batches: pass data=")
     if recipe.reestimate_norms:
         raise RecipeError("reestimate_norms needs calibration batches: pass data=")
 

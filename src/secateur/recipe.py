@@ -71,6 +71,8 @@ class Recipe(_Strict):
     """Only these: names of parameters or modules, or shell patterns of them."""
     ignore: tuple[str, ...] = ()
     """Not these: names of parameters or modules, or shell patterns of them."""
+    repair: Literal["none", "bias", "least-squares"] = "none"
+    """Of patterns that cut units: how the layers whose inputs were cut make up for them, on the calibration data."""
     reestimate_norms: bool = False
     """Re-estimate BatchNorm statistics on the calibration data after pruning."""
     finetune: FineTune | None = None

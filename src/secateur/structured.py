@@ -19,6 +19,7 @@ from secateur.layers import check_finite, find_layers, matches
 from secateur.patterns import Units
 from secateur.recipe import Recipe
 from secateur.registry import bind
+from secateur.repair_units import refit
 from secateur.sparsity import check_sparsity
 from secateur.stats import collect
 from secateur.types import MaskSet, Plan
@@ -107,10 +108,18 @@ def cut_units(model: nn.Module, job: UnitJob, *, inplace: bool = False) -> Small
             f"the cut model differs from the masked original by {error:.2g} (relative); at most {TOLERANCE:g} is rounding. "
             "Nothing was changed. Leave out what does not follow the cut with ignore=."
         )
+    notes = list(chosen.notes)
+    changes: Mapping[str, Tensor] = {}
+    if job.recipe.repair != "none" and job.batches is not None:
+        repaired = refit(model, chosen.plan, job.batches, bias_only=job.recipe.repair == "bias", seed=job.recipe.seed)
+        changes, notes = repaired.tensors, [*notes, *repaired.notes]
     if inplace:
         smaller = cut(model, chosen.plan, inplace=True)
+    with torch.no_grad():
+        for name, tensor in changes.items():
+            smaller.get_parameter(name).copy_(tensor)
     checked = f"on the example the cut model gives the masked original's output within {error:.1e} (relative)"
-    return Smaller(smaller, chosen.plan, masks, (*chosen.notes, checked))
+    return Smaller(smaller, chosen.plan, masks, (*notes, checked))
 
 
 def choose_units(model: nn.Module, job: UnitJob) -> Chosen:

@@ -152,6 +152,16 @@ ReestimateNorms = Annotated[
         "--reestimate-norms", help="Re-estimate BatchNorm statistics on --data after pruning.", rich_help_panel=METHOD
     ),
 ]
+Repair = Annotated[
+    str | None,
+    typer.Option(
+        "--repair",
+        help="Of channels and other units cut out, how the layers after them make up for it on --data: none (default), bias,"
+        " least-squares.",
+        show_default=False,
+        rich_help_panel=METHOD,
+    ),
+]
 FineTuneEpochs = Annotated[
     int | None,
     typer.Option(

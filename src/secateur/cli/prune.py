@@ -33,6 +33,7 @@ def command(
     layers: o.Layers = None,
     ignore: o.Ignore = None,
     seed: o.Seed = None,
+    repair: o.Repair = None,
     reestimate_norms: o.ReestimateNorms = False,
     finetune: o.FineTuneEpochs = None,
     lr: o.LearningRate = None,
@@ -59,7 +60,8 @@ def command(
 
     common = recipe_of(
         recipe, pattern=pattern, allocation=allocation, reduction=reduction, schedule=schedule, steps=steps, layers=layers,
-        ignore=ignore, seed=seed, reestimate_norms=reestimate_norms, finetune=finetune, lr=lr, optimizer=optimizer,
+        ignore=ignore, seed=seed, repair=repair, reestimate_norms=reestimate_norms, finetune=finetune, lr=lr,
+        optimizer=optimizer,
     )  # fmt: skip
     recipes = variants(common, numbers(sparsity, "--sparsity"), listed(criterion))
     if to is None and not json:

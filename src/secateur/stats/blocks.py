@@ -92,18 +92,24 @@ def _passes(
     model: nn.Module, layers: Mapping[str, Layer], batches: Batches, seed: int, done: Collection[str]
 ) -> Iterator[dict[str, Tensor]]:
     """Passes of the whole model, each for as many layers as memory allows."""
+    for chosen in portions(layers):
+        yield from _one_pass(model, chosen, batches, seed, done)
+
+
+def portions(layers: Mapping[str, Layer]) -> Iterator[dict[str, Layer]]:
+    """The layers in order, as many at a time as a tenth of the memory holds the Gram matrices of, and at least one."""
     budget = _MEMORY * _memory()
     chosen: dict[str, Layer] = {}
     used = 0.0
     for name, layer in layers.items():
         needed = _bytes(layer)
         if chosen and used + needed > budget:
-            yield from _one_pass(model, chosen, batches, seed, done)
+            yield chosen
             chosen, used = {}, 0.0
         chosen[name] = layer
         used += needed
     if chosen:
-        yield from _one_pass(model, chosen, batches, seed, done)
+        yield chosen
 
 
 def _one_pass(

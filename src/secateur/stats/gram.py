@@ -63,12 +63,17 @@ class Grams(Watcher[Rows]):
     Layers that are given the same tensor (query, key and value; gate and up) share one matrix, which is computed once. A
     layer's matrix is the sum over all its inputs, whichever layers it shared each of them with.
 
+    With `constant` every row gets a last input that is always 1: the matrix is ``[groups, d + 1, d + 1]``, float64, and its
+    last row holds the sums of the inputs and their number. Not for the joint input projection of attention, whose inputs may
+    differ in length.
+
     Raises LayerError, naming the layer, for a weight whose inputs cannot be read and for one whose matrix would not fit in
     memory.
     """
 
-    def __init__(self, model: nn.Module, layers: Mapping[str, Layer]):
+    def __init__(self, model: nn.Module, layers: Mapping[str, Layer], *, constant: bool = False):
         super().__init__(model, layers)
+        self._constant = constant
         for layer in layers.values():
             _check_memory(layer)
         self._sums: dict[frozenset[str], Tensor] = {}
@@ -106,7 +111,7 @@ class Grams(Watcher[Rows]):
             if pending.same(read) and layer not in pending.layers:
                 pending.layers.add(layer)
                 return
-        self._pending.append(_Pending(read, layer, _product(read)))
+        self._pending.append(_Pending(read, layer, _product(read, self._constant)))
         self._flush(_PENDING)
 
     def _flush(self, leave: int) -> None:
@@ -129,20 +134,23 @@ class Grams(Watcher[Rows]):
         return {name for key in self._sums for name in key}
 
     def take(self) -> dict[str, Tensor]:
-        """The matrices by layer, float32 ``[groups, d, d]``; layers of the same inputs get one. The sums are given up."""
+        """The matrices by layer; layers of the same inputs get one. float32, or float64 with the constant. The sums go."""
         of = {name: frozenset(key for key in self._sums if name in key) for name in sorted(self.seen)}
         made: dict[frozenset[frozenset[str]], Tensor] = {}
         for keys in sorted(set(of.values()), key=lambda k: sorted(map(sorted, k))):
-            made[keys] = torch.stack([self._sums[k] for k in sorted(keys, key=sorted)]).sum(0).float()
+            total = torch.stack([self._sums[k] for k in sorted(keys, key=sorted)]).sum(0)
+            made[keys] = total if self._constant else total.float()
         self._sums.clear()
         return {name: made[keys] for name, keys in of.items()}
 
 
-def _product(rows: Rows) -> Tensor:
-    """Sum of ``x x^T`` over all rows, float64."""
+def _product(rows: Rows, constant: bool) -> Tensor:
+    """Sum of ``x x^T`` over all rows, float64; with `constant` each row ends in a 1."""
     total: Tensor | None = None
     for chunk in rows.chunks():
         chunk = chunk.to(torch.promote_types(chunk.dtype, torch.float32))
+        if constant:
+            chunk = F.pad(chunk, (0, 1), value=1.0)
         part = (chunk.transpose(1, 2) @ chunk).double()
         total = part if total is None else total.add_(part)
     assert total is not None
