@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from conditions import processor
 from torch import nn
 
 from secateur.runtime import SparseLinear, deploy, native
@@ -219,12 +220,6 @@ def convert_part(threads):
         start = time.perf_counter()
         convert(w)
         print(f"{w.numel() / 1e6:.0f}M weights at 90% to {label}: {time.perf_counter() - start:.2f} s, {threads} threads")
-
-
-def processor():
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    return next((line.split(":")[1].strip() for line in lines if "model name" in line), "unknown processor")
 
 
 def main():

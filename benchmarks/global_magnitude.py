@@ -102,6 +102,7 @@ def spread(values: list[float]) -> str:
 
 def page(runs: dict[str, list[dict]], ties: dict[str, dict], options: argparse.Namespace) -> str:
     import torch
+    from conditions import processor
 
     total = options.layers * options.width**2
     want = int(SPARSITY * total + 0.5)
@@ -137,13 +138,6 @@ def page(runs: dict[str, list[dict]], ties: dict[str, dict], options: argparse.N
         "",
     ]
     return "\n".join(lines)
-
-
-def processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor()
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ from secateur.data.batches import Batch, Batches, Loss
 from secateur.errors import RecipeError
 from secateur.layers import Layer
 from secateur.recipe import Recipe
+from secateur.registry import name_of
 from secateur.schedules import make_schedule
 from secateur.selection import Method, prunable, resolve, target_sparsity
 from secateur.stats import Calibration, collect
@@ -107,8 +108,7 @@ def check_data(recipe: Recipe, criterion: str, needs: Collection[Need], batches:
 
 
 def _schedule(recipe: Recipe) -> Schedule:
-    name = recipe.schedule if isinstance(recipe.schedule, str) else recipe.schedule.get("name")
-    if name == "one-shot" and recipe.steps > 1:
+    if name_of(recipe.schedule) == "one-shot" and recipe.steps > 1:
         raise RecipeError(
             f"schedule 'one-shot' has one step, steps={recipe.steps}. Use schedule='iterative', 'cubic' or 'exponential'."
         )

@@ -23,6 +23,7 @@ from secateur.measure.quality import Evaluate, qualities
 from secateur.patterns import Units, make_pattern
 from secateur.progress import advance
 from secateur.recipe import Recipe
+from secateur.registry import name_of
 from secateur.repair import reestimate_norms
 from secateur.report.build import environment, layer_report
 from secateur.report.html import render
@@ -286,9 +287,8 @@ def _report(
 
 def _title(job: Job | UnitJob, with_share: bool = True) -> str:
     """``magnitude 90% element``, or ``magnitude 2:4`` where the pattern says how much."""
-    criterion = job.recipe.criterion if isinstance(job.recipe.criterion, str) else job.recipe.criterion["name"]
     share = f" {100 * job.sparsity:.4g}%" if with_share and ":" not in job.pattern_name else ""
-    return f"{criterion}{share} {job.pattern_name}"
+    return f"{name_of(job.recipe.criterion)}{share} {job.pattern_name}"
 
 
 def _save(result: Result, recipe: Recipe, out: str | Path, overwrite: bool, source: str | None) -> None:

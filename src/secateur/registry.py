@@ -81,9 +81,14 @@ class Registry(Mapping[str, Entry[T]], Generic[T]):
 Named = str | Mapping[str, Any]
 
 
+def name_of(spec: Named) -> str:
+    """The name in a `Named`; empty where a mapping has none."""
+    return spec if isinstance(spec, str) else str(spec.get("name", ""))
+
+
 def bind(registry: Registry[T], spec: Named) -> tuple[str, Callable[..., Any]]:
     """Name and callable of a registered piece, its options checked and bound."""
-    name = spec if isinstance(spec, str) else str(spec.get("name", ""))
+    name = name_of(spec)
     options = {} if isinstance(spec, str) else {k: v for k, v in spec.items() if k != "name"}
     entry = registry[name]
     entry.check_options(registry.kind, options)

@@ -18,7 +18,7 @@ from secateur.job import check_data
 from secateur.layers import check_finite, find_layers, matches
 from secateur.patterns import Units
 from secateur.recipe import Recipe
-from secateur.registry import bind
+from secateur.registry import bind, name_of
 from secateur.repair_units import refit
 from secateur.sparsity import check_sparsity
 from secateur.stats import collect
@@ -128,7 +128,7 @@ def choose_units(model: nn.Module, job: UnitJob) -> Chosen:
     graph = trace(model, job.arguments)
     groups = _groups(graph, recipe, units)
     saliency, notes = _saliency(model, job, groups)
-    how = recipe.reduction or ("abs_sum" if CRITERIA[_name(recipe)].facts["reduction"] == "abs_sum" else "mean")
+    how = recipe.reduction or ("abs_sum" if CRITERIA[name_of(recipe.criterion)].facts["reduction"] == "abs_sum" else "mean")
     scores = unit_scores(model, groups, saliency, "sum" if how == "abs_sum" else how)  # type: ignore[arg-type]
     if how == "abs_sum":
         scores = {g: s.abs() for g, s in scores.items()}
@@ -147,10 +147,6 @@ def masks_of(model: nn.Module, plan: Plan) -> MaskSet:
             mask = masks.setdefault(name, torch.ones(parameter.shape, dtype=torch.bool))
             mask &= line.reshape([-1 if d == c.dim else 1 for d in range(parameter.dim())])
     return MaskSet(masks)
-
-
-def _name(recipe: Recipe) -> str:
-    return recipe.criterion if isinstance(recipe.criterion, str) else str(recipe.criterion.get("name"))
 
 
 def _check(recipe: Recipe, units: Units) -> float:

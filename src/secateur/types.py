@@ -122,9 +122,13 @@ Allocation = Callable[[Mapping[str, UnitScores], float], Mapping[str, IntTensor]
 Schedule = Callable[[float, float], float]
 
 
+#: Bytes of an element -> the integer type as wide.
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
 def bits_of(tensor: Tensor) -> Tensor:
     """The tensor's memory as integers of the same width. Their product with a mask is an exact +0.0, fast, even of NaN."""
-    return tensor.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
+    return tensor.view(INTEGERS[tensor.element_size()])
 
 
 class MaskSet(Mapping[str, BoolTensor]):

@@ -115,7 +115,9 @@ def run(inputs: Inputs, recipes: list[Recipe], to: Path | None, overwrite: bool,
 
 def folder_name(recipe: Recipe) -> str:
     """``magnitude-50``: what tells the runs of one comparison apart."""
-    name = recipe.criterion if isinstance(recipe.criterion, str) else str(recipe.criterion.get("name"))
+    from secateur.registry import name_of
+
+    name = name_of(recipe.criterion)
     return name if recipe.sparsity is None else f"{name}-{100 * recipe.sparsity:g}"
 
 

@@ -7,10 +7,10 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from secateur.measure.quality import higher_is_better
 from secateur.report import format as fmt
 from secateur.types import Report
 
-_LOWER = ("loss", "perplexity", "error")
 _PLAIN = ("loss", "perplexity")
 _SHARE = re.compile(r"acc|error|precision|recall|auc|top[-_ ]?\d|(^|[^a-z])(f1|iou|miou|map|dice|exact[-_ ]?match)([^a-z]|$)")
 
@@ -35,7 +35,7 @@ class Metric:
         percent = None
         if _SHARE.search(lower) and not any(w in lower for w in _PLAIN) and all(0 <= v <= 100 for v in finite):
             percent = 100.0 if all(v <= 1 for v in finite) else 1.0
-        return cls(name, not any(w in lower for w in _LOWER), percent)
+        return cls(name, higher_is_better(name), percent)
 
     @property
     def label(self) -> str:

@@ -12,10 +12,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import ASGD, LBFGS, SGD, Adadelta, Adagrad, Adam, Adamax, AdamW, NAdam, Optimizer, RAdam, RMSprop, Rprop
 
 from secateur.errors import LayerError, TrainingError, did_you_mean
-from secateur.types import MaskSet
+from secateur.types import INTEGERS, MaskSet
 
 _COMPILED = "_orig_mod."  # what torch.compile puts into the names of a module's parameters
-_INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 #: Optimizers in which an entry's step depends on that entry alone, so that gradients of removed weights do no harm.
 _ELEMENTWISE = {SGD, Adam, AdamW, RMSprop, Adagrad, Adadelta, Adamax, NAdam, RAdam, ASGD, Rprop}
 
@@ -60,7 +59,7 @@ class _Entry:
 
     def clear(self, tensor: Tensor) -> None:
         """Zero the removed entries of a tensor of the parameter's shape, in place."""
-        width = _INTEGER[tensor.element_size()]
+        width = INTEGERS[tensor.element_size()]
         if self.bits.device != tensor.device or self.bits.dtype != width:
             self.bits = self.bits.to(tensor.device, width)
         tensor.detach().view(width).bitwise_and_(self.bits)
@@ -134,7 +133,7 @@ class Held:
             )
         if parameter.shape != mask.shape:
             raise LayerError(f"parameter {name!r} is {tuple(parameter.shape)}, its mask {tuple(mask.shape)}")
-        bits = mask.to(parameter.device, _INTEGER[parameter.element_size()]).neg_()
+        bits = mask.to(parameter.device, INTEGERS[parameter.element_size()]).neg_()
         return _Entry(parameter, bits)
 
     def _before_step(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
