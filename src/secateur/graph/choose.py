@@ -129,9 +129,7 @@ def _widths(rivals: Sequence[_Competitor], sparsity: float, round_to: int, min_w
     target = removed_count(sum(r.units for r in rivals), sparsity)
     # Among equal scores the lower index is kept: so the order of removal is the flipped order of a stable descending sort.
     order = means.sort(descending=True, stable=True).indices.flip(0)
-    taken = order[
-        2 * sizes[order].cumsum(0) - sizes[order] <= 2 * target
-    ]  # at least half of the last step fits
+    taken = order[2 * sizes[order].cumsum(0) - sizes[order] <= 2 * target]  # at least half of the last step fits
     gone = torch.zeros(len(rivals), dtype=torch.int64).index_add_(0, owner[taken], sizes[taken])
     return [r.units - int(n) for r, n in zip(rivals, gone, strict=True)]
 
