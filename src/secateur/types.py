@@ -289,7 +289,7 @@ class Plan:
         cuts = tuple(Cut(c["tensor"], int(c["dim"]), tuple(c["kept"])) for c in data["cuts"])
         attributes, dropped = dict(data.get("attributes", {})), tuple(data.get("dropped", ()))
         groups = tuple(
-            GroupPlan(**{**g, "members": tuple(g["members"]), "links": {how: tuple(where) for how, where in g["links"].items()}})
+            GroupPlan(**{**g, "members": tuple(g["members"]), "links": {how: tuple(at) for how, at in g["links"].items()}})
             for g in data.get("groups", ())
         )
         return cls(layers, cuts, dict(data["skipped"]), attributes, dropped, groups)
