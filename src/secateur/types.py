@@ -257,6 +257,18 @@ class LayerPlan:
 
 
 @dataclass(frozen=True)
+class GroupPlan:
+    """Units that are cut alike everywhere: who is coupled to whom, through what, and how many stay."""
+
+    kind: str
+    units: int
+    kept: int
+    members: tuple[str, ...]  #: ``tensor:dim`` of every slice that goes with a unit
+    links: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  #: "added in", "made by", ... -> names of modules
+    reason: str | None = None  #: why it cannot be cut at all
+
+
+@dataclass(frozen=True)
 class Plan:
     """What would be done: how many weights go where, which slices are cut, and what is left alone and why."""
 
@@ -265,6 +277,7 @@ class Plan:
     skipped: Mapping[str, str] = field(default_factory=dict)  #: layer -> reason
     attributes: Mapping[str, int] = field(default_factory=dict)  #: ``module.attribute`` or ``module.attribute[i]`` -> new value
     dropped: tuple[str, ...] = ()  #: whole blocks that are taken out, after the cuts
+    groups: tuple[GroupPlan, ...] = ()  #: what is coupled to what, where units are cut
 
     @property
     def sparsity(self) -> float:
@@ -281,7 +294,12 @@ class Plan:
         """The plan that `to_json` wrote."""
         layers = tuple(LayerPlan(**{**p, "shape": tuple(p["shape"])}) for p in data["layers"])
         cuts = tuple(Cut(c["tensor"], int(c["dim"]), tuple(c["kept"])) for c in data["cuts"])
-        return cls(layers, cuts, dict(data["skipped"]), dict(data.get("attributes", {})), tuple(data.get("dropped", ())))
+        attributes, dropped = dict(data.get("attributes", {})), tuple(data.get("dropped", ()))
+        groups = tuple(
+            GroupPlan(**{**g, "members": tuple(g["members"]), "links": {how: tuple(at) for how, at in g["links"].items()}})
+            for g in data.get("groups", ())
+        )
+        return cls(layers, cuts, dict(data["skipped"]), attributes, dropped, groups)
 
 
 @dataclass(frozen=True)
