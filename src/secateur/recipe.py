@@ -64,6 +64,8 @@ class Recipe(_Strict):
     or isomorphic, by which those of groups that do the same in different blocks compete."""
     schedule: Piece = "one-shot"
     """How the sparsity grows over the steps."""
+    regrow: Piece = "none"
+    """Of gradual pruning: whether removed weights may come back (splice, rigl, set, frozen)."""
     steps: Annotated[int, Field(ge=1, le=10_000)] = 1
     """Pruning steps. After each one statistics are taken anew, and the model is fine-tuned where that is asked for."""
     solver: Piece = "keep"
