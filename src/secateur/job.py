@@ -33,6 +33,7 @@ class Job:
     train: Batches | None
     loss: Loss | None
     example: Batch | None
+    train_loss: Loss | None = None  #: of the fine-tuning, where it is another than `loss`
 
     @property
     def pattern_name(self) -> str:
