@@ -157,3 +157,14 @@ def test_an_output_directory_in_use_is_left_alone(tmp_path):
         text = secateur("prune", NET, "-s", "0.5", "--out", "mine", *extra, cwd=tmp_path, status=1)
         assert "mine" in text
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "precious"
+
+
+def test_options_of_a_method_follow_a_question_mark():
+    from secateur.cli.recipes import piece, recipe_of
+    from secateur.errors import RecipeError
+
+    recipe = recipe_of(None, sparsity=0.5, pattern="channel?round_to=8&combine=first")
+    assert recipe.pattern == {"name": "channel", "round_to": 8, "combine": "first"}
+    assert piece("2:4") == "2:4"
+    with pytest.raises(RecipeError, match="key=value"):
+        piece("channel?round_to")

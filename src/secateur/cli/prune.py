@@ -55,7 +55,7 @@ def command(
     Example: secateur prune timm:resnet18?pretrained=true --sparsity 0.5,0.7 --data folder:calibration --test folder:validation
     --reestimate-norms --out runs/first
     """
-    from secateur.cli.recipes import listed, numbers, recipe_of
+    from secateur.cli.recipes import listed, numbers, piece, recipe_of
     from secateur.cli.sources import load_inputs
 
     common = recipe_of(
@@ -63,7 +63,7 @@ def command(
         ignore=ignore, seed=seed, repair=repair, reestimate_norms=reestimate_norms, finetune=finetune, lr=lr,
         optimizer=optimizer,
     )  # fmt: skip
-    recipes = variants(common, numbers(sparsity, "--sparsity"), listed(criterion))
+    recipes = variants(common, numbers(sparsity, "--sparsity"), [piece(c) for c in listed(criterion)])
     if to is None and not json:
         err.print("[dim]nothing will be written: give --out DIR to keep the pruned model and its report[/dim]")
     with progress_bars(json):
@@ -74,7 +74,7 @@ def command(
     show(reports, to, json)
 
 
-def variants(common: Recipe, sparsities: list[float], criteria: list[str]) -> list[Recipe]:
+def variants(common: Recipe, sparsities: list[float], criteria: list[Any]) -> list[Recipe]:
     """The recipe at every combination of the sparsities and criteria that were given."""
     from secateur.recipe import Recipe
 
