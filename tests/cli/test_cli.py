@@ -104,7 +104,7 @@ def test_scan_curves_are_shown_in_the_report(tmp_path):
 
 def test_methods_lists_every_registered_piece(tmp_path):
     pieces = json.loads(secateur("methods", "--json", cwd=tmp_path))
-    assert {p["kind"] for p in pieces} == {"criterion", "pattern", "allocation", "schedule", "solver"}
+    assert {p["kind"] for p in pieces} >= {"criterion", "unit criterion", "pattern", "allocation", "schedule", "solver"}
     assert {"magnitude", "taylor", "snip", "grasp", "synflow", "obd", "lamp", "random"} <= {p["name"] for p in pieces}
     assert all(p["source"] and p["summary"] for p in pieces)
     assert "Molchanov" in " ".join(secateur("methods", "taylor", cwd=tmp_path).split())
