@@ -11,17 +11,18 @@ from torch import Tensor, nn
 
 from secateur.data.batches import Batch, Batches, Loss, inputs_of
 from secateur.errors import LayerError, ModelError, RecipeError
-from secateur.graph import Graph, Group, choose_groups, cut, difference, make_plan, select, trace
+from secateur.graph import Graph, Group, bypass_difference, choose_groups, cut, difference, make_plan, select, trace
 from secateur.graph.choose import Scope
 from secateur.graph.prune import TOLERANCE
 from secateur.job import check_data
+from secateur.layer_dropping import plan_blocks
 from secateur.layers import check_finite, find_layers, matches
 from secateur.patterns import Units
 from secateur.recipe import Recipe
 from secateur.repair_units import refit
 from secateur.sparsity import check_sparsity
 from secateur.types import MaskSet, Plan
-from secateur.unit_scoring import criterion_entry, score_units
+from secateur.unit_scoring import criterion_entry, forced_units, score_units
 
 #: Allocations of units that are cut out -> whose units compete: uniform within each group, isomorphic among groups that do the
 #: same in different blocks (Fang et al. 2024, Isomorphic Pruning for Vision Models), global among all.
@@ -85,7 +86,7 @@ def prepare_units(
 ) -> UnitJob:
     """Resolve `recipe` for `model`. Whatever is wrong with it is said here, before any work is done."""
     sparsity = _check(recipe, units)
-    criterion = criterion_entry(recipe)
+    criterion = criterion_entry(recipe, blocks=units.whole_blocks)
     batches = None if data is None else Batches(data)
     training = batches if train is None else Batches(train)
     check_data(recipe, criterion.name, criterion.facts["needs"], batches, training)
@@ -106,10 +107,14 @@ def cut_units(model: nn.Module, job: UnitJob, *, inplace: bool = False) -> Small
     chosen = choose_units(model, job)
     masks = masks_of(model, chosen.plan)
     smaller = cut(model, chosen.plan)
-    error = difference(model, smaller, chosen.graph, chosen.graph.flags(chosen.removed), job.arguments)
+    if job.units.whole_blocks:
+        error, against = bypass_difference(model, smaller, chosen.plan, job.arguments), "original with the blocks bypassed"
+    else:
+        flags = chosen.graph.flags(chosen.removed)
+        error, against = difference(model, smaller, chosen.graph, flags, job.arguments), "masked original"
     if not error <= TOLERANCE:
         raise ModelError(
-            f"the cut model differs from the masked original by {error:.2g} (relative); at most {TOLERANCE:g} is rounding. "
+            f"the cut model differs from the {against} by {error:.2g} (relative); at most {TOLERANCE:g} is rounding. "
             "Nothing was changed. Leave out what does not follow the cut with ignore=."
         )
     notes = list(chosen.notes)
@@ -122,7 +127,7 @@ def cut_units(model: nn.Module, job: UnitJob, *, inplace: bool = False) -> Small
     with torch.no_grad():
         for name, tensor in changes.items():
             smaller.get_parameter(name).copy_(tensor)
-    checked = f"on the example the cut model gives the masked original's output within {error:.1e} (relative)"
+    checked = f"on the example the cut model gives the output of the {against} within {error:.1e} (relative)"
     return Smaller(smaller, chosen.plan, masks, (*notes, checked))
 
 
@@ -130,11 +135,22 @@ def choose_units(model: nn.Module, job: UnitJob) -> Chosen:
     """Trace, score and choose. Touches nothing."""
     recipe, units = job.recipe, job.units
     graph = trace(model, job.arguments)
+    if units.whole_blocks:
+        plan, notes = plan_blocks(model, graph, recipe, batches=job.batches, loss=job.loss, example=job.example)
+        return Chosen(graph, {}, plan, (*graph.notes, *notes))
     groups = _groups(graph, recipe, units)
     found = score_units(model, groups, recipe, units, batches=job.batches, loss=job.loss, example=job.example)
+    forced = forced_units(model, found.groups, recipe.force)
+    for group, units_ in forced.items():
+        found.scores[group][units_] = -torch.inf
     scope = ALLOCATIONS[recipe.allocation or "uniform"]  # type: ignore[index]
     options = {"round_to": units.round_to, "min_width": units.min_width, "scope": scope}
     removed = select(graph, found.groups, found.scores, job.sparsity, **options)  # type: ignore[arg-type]
+    for group, units_ in forced.items():
+        if not set(units_) <= set(removed.get(group, ())):
+            raise RecipeError(
+                f"force names {len(units_)} units of {graph.groups[group].name!r}, and the sparsity takes fewer. Raise it."
+            )
     return Chosen(graph, removed, make_plan(graph, model, removed), (*graph.notes, *found.notes))
 
 
@@ -147,18 +163,27 @@ def masks_of(model: nn.Module, plan: Plan) -> MaskSet:
             line[list(c.kept)] = True
             mask = masks.setdefault(name, torch.ones(parameter.shape, dtype=torch.bool))
             mask &= line.reshape([-1 if d == c.dim else 1 for d in range(parameter.dim())])
+    for planned in plan.layers:
+        masks.setdefault(planned.name, torch.full(planned.shape, bool(planned.kept)))
     return MaskSet(masks)
 
 
 def _check(recipe: Recipe, units: Units) -> float:
-    if recipe.sparsity is None:
+    if recipe.sparsity is None and not (units.whole_blocks and recipe.force):
         raise RecipeError("sparsity is missing: give the fraction of units to cut, such as sparsity=0.5")
-    if recipe.allocation is not None and recipe.allocation not in list(ALLOCATIONS):
-        raise RecipeError(f"pattern {units.name!r} knows the allocations {', '.join(ALLOCATIONS)}; got {recipe.allocation!r}")
     if recipe.solver != "keep":
         raise RecipeError(
             f"pattern {units.name!r} cuts units out; solver {recipe.solver!r} repairs masked weights. Leave it out."
         )
+    if units.whole_blocks:
+        for key, value in (("allocation", recipe.allocation), ("repair", recipe.repair if recipe.repair != "none" else None)):
+            if value is not None:
+                raise RecipeError(
+                    f"pattern 'layer' takes whole blocks out: {key}={value!r} has no meaning there. Leave it out."
+                )
+        return 0.0 if recipe.sparsity is None else check_sparsity(recipe.sparsity)
+    if recipe.allocation is not None and recipe.allocation not in list(ALLOCATIONS):
+        raise RecipeError(f"pattern {units.name!r} knows the allocations {', '.join(ALLOCATIONS)}; got {recipe.allocation!r}")
     if recipe.steps > 1:
         raise RecipeError(
             f"pattern {units.name!r} is cut in one step, steps={recipe.steps}. Prune the result again to go further."

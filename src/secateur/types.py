@@ -318,6 +318,11 @@ class Plan:
     groups: tuple[GroupPlan, ...] = ()  #: what is coupled to what, where units are cut
 
     @property
+    def structural(self) -> bool:
+        """Whether the model that it makes has other tensors than the original: something is cut out, not masked."""
+        return bool(self.cuts or self.dropped)
+
+    @property
     def sparsity(self) -> float:
         """Fraction removed, over the layers of the plan."""
         total = sum(p.parameters for p in self.layers)

@@ -23,6 +23,7 @@ def command(
     reduction: o.Reduction = None,
     layers: o.Layers = None,
     ignore: o.Ignore = None,
+    force: o.Force = None,
     seed: o.Seed = None,
     data: o.Data = None,
     batch_size: o.BatchSize = 32,
@@ -44,7 +45,7 @@ def command(
 
     wanted = recipe_of(
         recipe, sparsity=sparsity, criterion=criterion, pattern=pattern, allocation=allocation, reduction=reduction,
-        layers=layers, ignore=ignore, seed=seed,
+        layers=layers, ignore=ignore, force=force, seed=seed,
     )  # fmt: skip
     import secateur as sc
 
