@@ -10,11 +10,13 @@ from secateur.train.layerdrop import every_other, layerdrop
 
 
 class Residual(nn.Module):
+    """What it is given plus a small network of it."""
+
     def __init__(self):
         super().__init__()
         self.inner = nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
 
-    def forward(self, x):
+    def forward(self, x):  # noqa: D102
         return x + self.inner(x)
 
 
