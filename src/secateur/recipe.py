@@ -60,7 +60,8 @@ class Recipe(_Strict):
     pattern: Piece = "element"
     """What is removed together: element, row, neuron, n:m ("2:4" keeps 2 of 4), block ("4x1")."""
     allocation: Piece | None = None
-    """How much each layer loses. By default global, and uniform for n:m."""
+    """How much each layer loses. By default global, and uniform for n:m. Of units cut out: uniform (the default), global,
+    or isomorphic, by which those of groups that do the same in different blocks compete."""
     schedule: Piece = "one-shot"
     """How the sparsity grows over the steps."""
     steps: Annotated[int, Field(ge=1, le=10_000)] = 1

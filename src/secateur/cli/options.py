@@ -106,7 +106,8 @@ Allocation = Annotated[
     typer.Option(
         "--allocation",
         "-a",
-        help="How much each layer loses: global (default), uniform, erk, lamp.",
+        help="How much each layer loses: global (default), uniform, erk, lamp. Of units cut out: uniform (default), isomorphic,"
+        " global.",
         show_default=False,
         rich_help_panel=METHOD,
     ),
