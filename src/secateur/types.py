@@ -250,6 +250,20 @@ class LayerPlan:
 
 
 @dataclass(frozen=True)
+class Budget:
+    """What a pruned model was allowed to cost, what was promised, and what was found when it was there."""
+
+    asked: str  #: as it was written: ``50% MACs``
+    unit: str  #: params, MACs, bytes or ms
+    dense: float  #: cost of the model before
+    limit: float
+    promised: float
+    achieved: float | None = None  #: None = not measured, as in a plan
+    low: float | None = None  #: of ms the quartiles of what was achieved
+    high: float | None = None
+
+
+@dataclass(frozen=True)
 class Plan:
     """What would be done: how many weights go where, which slices are cut, and what is left alone and why."""
 
@@ -258,6 +272,7 @@ class Plan:
     skipped: Mapping[str, str] = field(default_factory=dict)  #: layer -> reason
     attributes: Mapping[str, int] = field(default_factory=dict)  #: ``module.attribute`` or ``module.attribute[i]`` -> new value
     dropped: tuple[str, ...] = ()  #: whole blocks that are taken out, after the cuts
+    budget: Budget | None = None  #: where one was given
 
     @property
     def sparsity(self) -> float:
@@ -274,7 +289,9 @@ class Plan:
         """The plan that `to_json` wrote."""
         layers = tuple(LayerPlan(**{**p, "shape": tuple(p["shape"])}) for p in data["layers"])
         cuts = tuple(Cut(c["tensor"], int(c["dim"]), tuple(c["kept"])) for c in data["cuts"])
-        return cls(layers, cuts, dict(data["skipped"]), dict(data.get("attributes", {})), tuple(data.get("dropped", ())))
+        budget = Budget(**data["budget"]) if data.get("budget") else None
+        attributes, dropped = dict(data.get("attributes", {})), tuple(data.get("dropped", ()))
+        return cls(layers, cuts, dict(data["skipped"]), attributes, dropped, budget)
 
 
 @dataclass(frozen=True)
@@ -363,6 +380,7 @@ class Report:
     recipe: str = ""  #: TOML
     environment: Mapping[str, str] = field(default_factory=dict)
     seconds: float = 0.0
+    budget: Budget | None = None  #: what the model was allowed to cost, where that was asked for
 
     def to_json(self) -> dict[str, Any]:
         """Plain lists and dicts, as `from_json` reads them."""
@@ -382,6 +400,7 @@ class Report:
         )
         data["points"] = tuple(Point(**p) for p in data["points"])
         data["notes"] = tuple(data["notes"])
+        data["budget"] = Budget(**data["budget"]) if data.get("budget") else None
         return cls(**data)
 
 

@@ -16,7 +16,7 @@ _FORM = re.compile(r"\s*(\d+(?:\.\d*)?(?:[eE][+-]?\d+)?|\.\d+)\s*(%|[kMG](?![iB]
 
 
 @dataclass(frozen=True)
-class Budget:
+class Amount:
     """What a model may cost at most: `amount` of `unit`, or where it is a `share` that fraction of what the dense model costs.
 
     >>> parse_budget("50% MACs").limit(1000)
@@ -33,7 +33,7 @@ class Budget:
         return self.amount * dense if self.share else self.amount
 
 
-def parse_budget(text: object) -> Budget:
+def parse_budget(text: object) -> Amount:
     """The budget that `text` means, or a RecipeError that says what is wrong with it and what is allowed."""
     if not isinstance(text, str):
         raise RecipeError(f"a budget is text, got {type(text).__name__} {text!r}. {_ALLOWED}")
@@ -47,7 +47,7 @@ def parse_budget(text: object) -> Budget:
         raise RecipeError(f"the budget {text!r} leaves nothing: the amount must be more than 0. {_ALLOWED}")
     if suffix == "%" and amount > 1:
         raise RecipeError(f"the budget {text!r} is more than the dense model costs: a percentage is at most 100.")
-    return Budget(text.strip(), amount, unit, suffix == "%")
+    return Amount(text.strip(), amount, unit, suffix == "%")
 
 
 def _unit(text: str, word: str, suffix: str) -> tuple[str, float]:
