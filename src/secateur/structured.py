@@ -36,7 +36,7 @@ class UnitJob:
 
     recipe: Recipe
     units: Units
-    sparsity: float
+    sparsity: float | None  #: None where a budget decides
     batches: Batches | None
     train: Batches | None
     loss: Loss | None

@@ -264,6 +264,18 @@ class Budget:
 
 
 @dataclass(frozen=True)
+class GroupPlan:
+    """Units that are cut alike everywhere: who is coupled to whom, through what, and how many stay."""
+
+    kind: str
+    units: int
+    kept: int
+    members: tuple[str, ...]  #: ``tensor:dim`` of every slice that goes with a unit
+    links: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  #: "added in", "made by", ... -> names of modules
+    reason: str | None = None  #: why it cannot be cut at all
+
+
+@dataclass(frozen=True)
 class Plan:
     """What would be done: how many weights go where, which slices are cut, and what is left alone and why."""
 
@@ -272,6 +284,7 @@ class Plan:
     skipped: Mapping[str, str] = field(default_factory=dict)  #: layer -> reason
     attributes: Mapping[str, int] = field(default_factory=dict)  #: ``module.attribute`` or ``module.attribute[i]`` -> new value
     dropped: tuple[str, ...] = ()  #: whole blocks that are taken out, after the cuts
+    groups: tuple[GroupPlan, ...] = ()  #: what is coupled to what, where units are cut
     budget: Budget | None = None  #: where one was given
 
     @property
@@ -289,9 +302,13 @@ class Plan:
         """The plan that `to_json` wrote."""
         layers = tuple(LayerPlan(**{**p, "shape": tuple(p["shape"])}) for p in data["layers"])
         cuts = tuple(Cut(c["tensor"], int(c["dim"]), tuple(c["kept"])) for c in data["cuts"])
-        budget = Budget(**data["budget"]) if data.get("budget") else None
         attributes, dropped = dict(data.get("attributes", {})), tuple(data.get("dropped", ()))
-        return cls(layers, cuts, dict(data["skipped"]), attributes, dropped, budget)
+        groups = tuple(
+            GroupPlan(**{**g, "members": tuple(g["members"]), "links": {how: tuple(at) for how, at in g["links"].items()}})
+            for g in data.get("groups", ())
+        )
+        budget = Budget(**data["budget"]) if data.get("budget") else None
+        return cls(layers, cuts, dict(data["skipped"]), attributes, dropped, groups, budget)
 
 
 @dataclass(frozen=True)

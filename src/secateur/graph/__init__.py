@@ -5,7 +5,8 @@ from secateur.graph.choose import kept_counts, lowest, select
 from secateur.graph.config import fit_config
 from secateur.graph.cut import cut, recut
 from secateur.graph.graph import Graph, Group, Member, trace
-from secateur.graph.prune import choose_groups, make_plan, prune_channels
+from secateur.graph.plan import make_plan
+from secateur.graph.prune import choose_groups, prune_channels
 from secateur.graph.rules import rule
 from secateur.graph.scores import unit_scores
 from secateur.graph.verify import difference, masked_output
