@@ -74,7 +74,10 @@ def test_what_is_promised_is_what_the_cut_model_has(unit, scope):
 def test_brute_force_over_all_widths_finds_no_larger_neighbour_that_fits(unit, scope):
     """Every way to keep units is cut for real; the choice fits, and none that keeps one unit more does."""
     torch.manual_seed(1)
-    model, example = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3), nn.Linear(3, 2)), torch.randn(2, 4)
+    model, example = (
+        nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3), nn.Linear(3, 2)),
+        torch.randn(2, 4),
+    )
     problem = problem_of(model, example, scope=scope)
     ids = [c.groups[0].id for c in problem.competitors]
     table = {
@@ -106,7 +109,10 @@ def test_uniform_budgets_are_one_ratio_and_global_ones_one_threshold():
 
 def test_widths_keep_to_multiples_and_to_the_least():
     torch.manual_seed(3)
-    model, example = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 24), nn.ReLU(), nn.Linear(24, 4)), torch.randn(1, 8)
+    model, example = (
+        nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 24), nn.ReLU(), nn.Linear(24, 4)),
+        torch.randn(1, 8),
+    )
     problem = problem_of(model, example, round_to=4, min_width=8)
     kept, _ = fit(problem, parse_budget("40% params"))
     assert all(n % 4 == 0 and n >= 8 for n in kept.values())
@@ -114,7 +120,10 @@ def test_widths_keep_to_multiples_and_to_the_least():
 
 def test_a_budget_that_cannot_be_met_names_the_nearest_and_what_holds_it():
     torch.manual_seed(4)
-    model, example = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4)), torch.randn(1, 8)
+    model, example = (
+        nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4)),
+        torch.randn(1, 8),
+    )
     problem = problem_of(model, example, min_width=4)
     least = real(model, problem, {c.groups[0].id: 4 for c in problem.competitors}, example)["params"]
     with pytest.raises(BudgetError, match=f"nearest that can is {least} params.*min_width") as caught:
@@ -126,7 +135,10 @@ def test_a_budget_that_cannot_be_met_names_the_nearest_and_what_holds_it():
 
 
 def test_layers_that_cannot_be_cut_are_named_in_the_refusal():
-    model, example = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 300), nn.ReLU(), nn.Linear(300, 2)), torch.randn(1, 8)
+    model, example = (
+        nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 300), nn.ReLU(), nn.Linear(300, 2)),
+        torch.randn(1, 8),
+    )
     graph = trace(model, example)
     groups = choose_groups(graph, ("neuron",), ignore=("2",))
     scores = unit_scores(model, groups, "l1")

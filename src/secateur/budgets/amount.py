@@ -53,10 +53,14 @@ def parse_budget(text: object) -> Amount:
 def _unit(text: str, word: str, suffix: str) -> tuple[str, float]:
     """The unit that a word means, and how many of it one such word is."""
     if word.lower() in ("flop", "flops", "gflops", "mflops"):
-        raise RecipeError(f"the budget {text!r} is in FLOPs; multiply-adds are counted here, and one MAC is two FLOPs. {_ALLOWED}")
+        raise RecipeError(
+            f"the budget {text!r} is in FLOPs; multiply-adds are counted here, and one MAC is two FLOPs. {_ALLOWED}"
+        )
     for unit in UNITS:
         if word.lower() in (unit.lower(), unit.lower().removesuffix("s") if unit != "ms" else unit):
             return unit, 1.0
     if word in _BYTES and (not suffix or word == "B"):
         return "bytes", _BYTES[word]
-    raise RecipeError(f"the budget {text!r} has no unit that is known: params, MACs, bytes (B, kB, MB, KiB, MiB) or ms. {_ALLOWED}")
+    raise RecipeError(
+        f"the budget {text!r} has no unit that is known: params, MACs, bytes (B, kB, MB, KiB, MiB) or ms. {_ALLOWED}"
+    )

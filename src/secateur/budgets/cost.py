@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ class Term:
         self.groups = frozenset(g for s in self.shapes for n in s if isinstance(n, Length) for g in n.groups)
 
     def __call__(self, kept: Mapping[int, int]) -> float:
+        """The summand when group g keeps ``kept[g]`` units."""
         shapes = tuple(tuple(size(n, kept) for n in shape) for shape in self.shapes)
         if shapes not in self._known:
             self._known[shapes] = self.formula(shapes)
@@ -78,7 +80,11 @@ def _tensor_terms(model: nn.Module, graph: Graph, widths: Widths, *, in_bytes: b
     for name, tensor in tensors.items():
         each = tensor.element_size() if in_bytes else 1
         shape = widths.of(recorded[name]) if name in recorded else tuple(tensor.shape)
-        yield Term(name, (shape,), lambda shapes, each=each: each * math.prod(shapes[0]))
+        yield Term(name, (shape,), partial(_elements, each))
+
+
+def _elements(each: int, shapes: Sequence[tuple[int, ...]]) -> int:
+    return each * math.prod(shapes[0])
 
 
 def macs_terms(graph: Graph, widths: Widths) -> Iterator[Term]:

@@ -44,9 +44,9 @@ class Problem:
 def fit(problem: Problem, amount: Amount) -> tuple[dict[int, int], Budget]:
     """Units that each group keeps, by id, so that parameters, bytes or MACs stay within `amount`; and what that promises.
 
-    As many steps are taken as it needs; then those are taken back, last ones first, for which there is room after all: no single
-    one of them more would fit. The promise is exact: it is what the cut model has. Raises BudgetError where all steps together
-    are not enough.
+    As many steps are taken as it needs; then those are taken back, last ones first, for which there is room after all, until
+    not one more would fit. The promise is exact: it is what the cut model has. Raises BudgetError where all steps together are
+    not enough.
     """
     cost = cost_of(problem.model, problem.graph, problem.widths(), amount.unit)
     full = problem.full

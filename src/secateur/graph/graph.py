@@ -98,7 +98,7 @@ class Graph:
 
     def groups_of(self, labels: Array) -> list[int]:
         """Numbers of the groups whose units decide what is kept of `labels`."""
-        return [g for g in distinct(self._group_of[self._expanded(labels)[1]]).tolist() if g >= 0]
+        return [g for g in distinct(self._group_of[self.leaves_of(labels)[1]]).tolist() if g >= 0]
 
     def count(self, labels: Array, removed: NDArray[np.bool_]) -> int:
         """How many of `labels` are kept."""
