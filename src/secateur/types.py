@@ -26,11 +26,17 @@ class Need(enum.Enum):
     GRAM = "gram"  #: X X^T over all samples and positions, ``[groups, d, d]`` with d = in * kernel
     NORM_SCALE = "norm_scale"  #: |gamma| of the normalisation that follows the layer
     OUTPUT = "output"  #: statistics of the layer's output
+    MOVEMENT = "movement"  #: sum over training steps of minus gradient times weight
 
     @property
     def data(self) -> bool:
         """Whether calibration batches are needed for it."""
         return self not in (Need.WEIGHT, Need.SYNFLOW_GRAD, Need.NORM_SCALE)
+
+    @property
+    def training(self) -> bool:
+        """Whether the backward passes of a training give it on the way, so that gradual pruning needs no calibration."""
+        return self in (Need.WEIGHT, Need.GRAD, Need.GRAD_SQ, Need.GRAD_ONE, Need.MOVEMENT)
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,7 @@ class LayerStats:
     gram: Tensor | None = None
     norm_scale: Tensor | None = None
     output: Tensor | None = None
+    movement: Tensor | None = None
     samples: int = 0  #: how many samples the statistics saw
     seed: int = 0  #: seed of criteria that draw numbers; already mixed with the layer's position
 
