@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from secateur.budgets.choose import kept_within
 from secateur.data.batches import Batch, Batches, Loss, inputs_of
 from secateur.errors import LayerError, ModelError, RecipeError
-from secateur.graph import Graph, Group, bypass_difference, choose_groups, cut, difference, make_plan, select, trace
+from secateur.graph import Graph, Group, bypass_difference, choose_groups, cut, difference, lowest, make_plan, select, trace
 from secateur.graph.choose import Scope
 from secateur.graph.prune import TOLERANCE
 from secateur.job import check_data
@@ -35,7 +36,7 @@ class UnitJob:
 
     recipe: Recipe
     units: Units
-    sparsity: float
+    sparsity: float | None  #: None where a budget decides
     batches: Batches | None
     train: Batches | None
     loss: Loss | None
@@ -144,14 +145,20 @@ def choose_units(model: nn.Module, job: UnitJob) -> Chosen:
     for group, units_ in forced.items():
         found.scores[group][units_] = -torch.inf
     scope = ALLOCATIONS[recipe.allocation or "uniform"]  # type: ignore[index]
-    options = {"round_to": units.round_to, "min_width": units.min_width, "scope": scope}
-    removed = select(graph, found.groups, found.scores, job.sparsity, **options)  # type: ignore[arg-type]
+    widths: dict[str, Any] = {"round_to": units.round_to, "min_width": units.min_width, "scope": scope}
+    budget = None
+    if job.sparsity is not None:
+        removed = select(graph, found.groups, found.scores, job.sparsity, **widths)
+    else:
+        kept, budget = kept_within(recipe.budget, model, graph, found.groups, found.scores, example=job.arguments, **widths)
+        removed = lowest(found.groups, found.scores, kept)
     for group, units_ in forced.items():
         if not set(units_) <= set(removed.get(group, ())):
             raise RecipeError(
-                f"force names {len(units_)} units of {graph.groups[group].name!r}, and the sparsity takes fewer. Raise it."
+                f"force names {len(units_)} units of {graph.groups[group].name!r}, of which fewer go. Raise the sparsity."
             )
-    return Chosen(graph, removed, make_plan(graph, model, removed), (*graph.notes, *found.notes))
+    plan = replace(make_plan(graph, model, removed), budget=budget)
+    return Chosen(graph, removed, plan, (*graph.notes, *found.notes))
 
 
 def masks_of(model: nn.Module, plan: Plan) -> MaskSet:
@@ -168,27 +175,30 @@ def masks_of(model: nn.Module, plan: Plan) -> MaskSet:
     return MaskSet(masks)
 
 
-def _check(recipe: Recipe, units: Units) -> float:
-    if recipe.sparsity is None and not (units.whole_blocks and recipe.force):
-        raise RecipeError("sparsity is missing: give the fraction of units to cut, such as sparsity=0.5")
+def _check(recipe: Recipe, units: Units) -> float | None:
+    if recipe.sparsity is None and recipe.budget is None and not (units.whole_blocks and recipe.force):
+        raise RecipeError(
+            "sparsity is missing: give the fraction of units to cut, such as sparsity=0.5, or a budget such as '50% MACs'"
+        )
     if recipe.solver != "keep":
         raise RecipeError(
             f"pattern {units.name!r} cuts units out; solver {recipe.solver!r} repairs masked weights. Leave it out."
         )
     if units.whole_blocks:
-        for key, value in (("allocation", recipe.allocation), ("repair", recipe.repair if recipe.repair != "none" else None)):
+        repair = None if recipe.repair == "none" else recipe.repair
+        for key, value in (("allocation", recipe.allocation), ("budget", recipe.budget), ("repair", repair)):
             if value is not None:
                 raise RecipeError(
                     f"pattern 'layer' takes whole blocks out: {key}={value!r} has no meaning there. Leave it out."
                 )
-        return 0.0 if recipe.sparsity is None else check_sparsity(recipe.sparsity)
+        return None if recipe.sparsity is None else check_sparsity(recipe.sparsity)
     if recipe.allocation is not None and recipe.allocation not in list(ALLOCATIONS):
         raise RecipeError(f"pattern {units.name!r} knows the allocations {', '.join(ALLOCATIONS)}; got {recipe.allocation!r}")
     if recipe.steps > 1:
         raise RecipeError(
             f"pattern {units.name!r} is cut in one step, steps={recipe.steps}. Prune the result again to go further."
         )
-    return check_sparsity(recipe.sparsity)
+    return None if recipe.sparsity is None else check_sparsity(recipe.sparsity)
 
 
 def _groups(graph: Graph, recipe: Recipe, units: Units) -> list[Group]:

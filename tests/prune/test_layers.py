@@ -148,7 +148,7 @@ def test_units_that_have_to_go(problem):
     assert len(kept) == 4
     assert not {2, 5} & set(kept)
     for sparsity, force, error, words in (
-        (0.125, ["0[2,5]"], RecipeError, "takes fewer"),
+        (0.125, ["0[2,5]"], RecipeError, "fewer go"),
         (0.5, ["0[8]"], RecipeError, "output 8"),
         (0.5, ["0"], RecipeError, r"conv1\[3,5\]"),
         (0.5, ["2[0]"], UnknownName, "'2'"),
