@@ -129,8 +129,18 @@ def cut_units(model: nn.Module, job: UnitJob, *, inplace: bool = False) -> Small
     return Smaller(smaller, chosen.plan, masks, (*notes, checked))
 
 
-def choose_units(model: nn.Module, job: UnitJob) -> Chosen:
-    """Trace, score and choose. Touches nothing."""
+@dataclass(frozen=True)
+class Ranked:
+    """The groups that a recipe cuts, and ``[units]`` scores of each, by id: the lowest go first."""
+
+    graph: Graph
+    groups: list[Group]
+    scores: dict[int, Tensor]
+    notes: tuple[str, ...]
+
+
+def rank_units(model: nn.Module, job: UnitJob) -> Ranked:
+    """Trace and score. Touches nothing."""
     recipe, units = job.recipe, job.units
     graph = trace(model, job.arguments)
     groups = _groups(graph, recipe, units)
@@ -139,15 +149,22 @@ def choose_units(model: nn.Module, job: UnitJob) -> Chosen:
     scores = unit_scores(model, groups, saliency, "sum" if how == "abs_sum" else how)  # type: ignore[arg-type]
     if how == "abs_sum":
         scores = {g: s.abs() for g, s in scores.items()}
+    return Ranked(graph, groups, scores, (*graph.notes, *notes))
+
+
+def choose_units(model: nn.Module, job: UnitJob) -> Chosen:
+    """Trace, score and choose. Touches nothing."""
+    recipe, units = job.recipe, job.units
+    ranked = rank_units(model, job)
+    graph, groups, scores = ranked.graph, ranked.groups, ranked.scores
     scope = ALLOCATIONS[recipe.allocation or "uniform"]  # type: ignore[index]
     widths: dict[str, Any] = {"round_to": units.round_to, "min_width": units.min_width, "scope": scope}
     if job.sparsity is not None:
         removed = select(graph, groups, scores, job.sparsity, **widths)
-        return Chosen(graph, removed, make_plan(graph, model, removed), (*graph.notes, *notes))
-    kept, budget = kept_within(recipe.budget, model, graph, groups, scores, example=job.arguments, **widths)
+        return Chosen(graph, removed, make_plan(graph, model, removed), ranked.notes)
+    kept, budget = kept_within(recipe.budget, model, graph, groups, scores, example=job.example, **widths)
     removed = lowest(groups, scores, kept)
-    plan = replace(make_plan(graph, model, removed), budget=budget)
-    return Chosen(graph, removed, plan, (*graph.notes, *notes))
+    return Chosen(graph, removed, replace(make_plan(graph, model, removed), budget=budget), ranked.notes)
 
 
 def masks_of(model: nn.Module, plan: Plan) -> MaskSet:

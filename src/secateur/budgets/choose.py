@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from secateur.budgets.amount import parse_budget
 from secateur.budgets.fit import Problem, fit
+from secateur.budgets.latency import Stopwatch, fit_latency
 from secateur.budgets.path import in_scope
 from secateur.graph import Graph, Group
 from secateur.graph.choose import Scope, competitors
@@ -38,4 +39,6 @@ def kept_within(
     chosen = {g.id for c in rivals for g in c.groups}
     left_out = frozenset(m.tensor for g in graph.units() if g.id not in chosen for m in g.members)
     problem = Problem(model, graph, rivals, scores, in_scope(rivals, scope, round_to, min_width), left_out)
-    return fit(problem, amount)
+    if amount.unit != "ms":
+        return fit(problem, amount)
+    return fit_latency(problem, amount, Stopwatch(model, example), lambda table: problem.steps)
