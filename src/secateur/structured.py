@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from secateur.budgets.choose import kept_within
+from secateur.budgets.choose import choose_counts
 from secateur.criteria import CRITERIA
 from secateur.data.batches import Batch, Batches, Loss, inputs_of
 from secateur.errors import LayerError, ModelError, RecipeError
@@ -24,11 +24,13 @@ from secateur.registry import bind, name_of
 from secateur.repair_units import refit
 from secateur.sparsity import check_sparsity
 from secateur.stats import collect
-from secateur.types import MaskSet, Plan
+from secateur.types import MaskSet, Plan, Sensitivity
 
 #: Allocations of units that are cut out -> whose units compete: uniform within each group, isomorphic among groups that do the
 #: same in different blocks (Fang et al. 2024, Isomorphic Pruning for Vision Models), global among all.
 ALLOCATIONS: Mapping[str, Scope] = {"uniform": "local", "isomorphic": "isomorphic", "global": "global"}
+#: The allocation by which every group loses as much as makes the same damage, by the curves of `sc.scan`.
+BY_CURVES = "sensitivity"
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class UnitJob:
     train: Batches | None
     loss: Loss | None
     example: Batch
+    sensitivity: tuple[Sensitivity, ...] = ()  #: curves, for the allocation that goes by them
     train_loss: Loss | None = None  #: of the fine-tuning, where it is another than `loss`
 
     @property
@@ -85,9 +88,15 @@ def prepare_units(
     train: Iterable[Batch] | None,
     loss: Loss | None,
     example: Batch | None,
+    sensitivity: Sequence[Sensitivity] = (),
 ) -> UnitJob:
     """Resolve `recipe` for `model`. Whatever is wrong with it is said here, before any work is done."""
     sparsity = _check(recipe, units)
+    if recipe.allocation == BY_CURVES and not sensitivity:
+        raise RecipeError(
+            f"allocation {BY_CURVES!r} goes by the curves of a scan: pass sensitivity=sc.scan(model, pattern={units.name!r}, "
+            "evaluate=...)"
+        )
     name, _ = bind(CRITERIA, recipe.criterion)
     batches = None if data is None else Batches(data)
     training = batches if train is None else Batches(train)
@@ -97,7 +106,7 @@ def prepare_units(
     if example is None:
         raise RecipeError(f"pattern {units.name!r} follows a batch through the model: pass example= or data=")
     check_finite(find_layers(model)[0].values())
-    return UnitJob(recipe, units, sparsity, batches, training, loss, example)
+    return UnitJob(recipe, units, sparsity, batches, training, loss, example, tuple(sensitivity))
 
 
 def cut_units(model: nn.Module, job: UnitJob, *, inplace: bool = False) -> Smaller:
@@ -157,13 +166,16 @@ def choose_units(model: nn.Module, job: UnitJob) -> Chosen:
     recipe, units = job.recipe, job.units
     ranked = rank_units(model, job)
     graph, groups, scores = ranked.graph, ranked.groups, ranked.scores
-    scope = ALLOCATIONS[recipe.allocation or "uniform"]  # type: ignore[index]
-    widths: dict[str, Any] = {"round_to": units.round_to, "min_width": units.min_width, "scope": scope}
-    if job.sparsity is not None:
-        removed = select(graph, groups, scores, job.sparsity, **widths)
-        return Chosen(graph, removed, make_plan(graph, model, removed), ranked.notes)
-    kept, budget = kept_within(recipe.budget, model, graph, groups, scores, example=job.example, **widths)
-    removed = lowest(groups, scores, kept)
+    widths: dict[str, Any] = {"round_to": units.round_to, "min_width": units.min_width}
+    scope = job.sensitivity if recipe.allocation == BY_CURVES else ALLOCATIONS[recipe.allocation or "uniform"]  # type: ignore[index]
+    budget = None
+    if job.sparsity is not None and isinstance(scope, str):
+        removed = select(graph, groups, scores, job.sparsity, scope=scope, **widths)
+    else:
+        target = recipe.budget if job.sparsity is None else job.sparsity
+        where: dict[str, Any] = {"target": target, "scope": scope, "example": job.example}
+        kept, budget = choose_counts(model, graph, groups, scores, **where, **widths)
+        removed = lowest(groups, scores, kept)
     return Chosen(graph, removed, replace(make_plan(graph, model, removed), budget=budget), ranked.notes)
 
 
@@ -184,8 +196,8 @@ def _check(recipe: Recipe, units: Units) -> float | None:
         raise RecipeError(
             "sparsity is missing: give the fraction of units to cut, such as sparsity=0.5, or a budget such as '50% MACs'"
         )
-    if recipe.allocation is not None and recipe.allocation not in list(ALLOCATIONS):
-        raise RecipeError(f"pattern {units.name!r} knows the allocations {', '.join(ALLOCATIONS)}; got {recipe.allocation!r}")
+    if recipe.allocation is not None and recipe.allocation not in (known := [*ALLOCATIONS, BY_CURVES]):
+        raise RecipeError(f"pattern {units.name!r} knows the allocations {', '.join(known)}; got {recipe.allocation!r}")
     if recipe.solver != "keep":
         raise RecipeError(
             f"pattern {units.name!r} cuts units out; solver {recipe.solver!r} repairs masked weights. Leave it out."
