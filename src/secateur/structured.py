@@ -10,21 +10,19 @@ import torch
 from torch import Tensor, nn
 
 from secateur.budgets.choose import choose_counts
-from secateur.criteria import CRITERIA
 from secateur.data.batches import Batch, Batches, Loss, inputs_of
 from secateur.errors import LayerError, ModelError, RecipeError
-from secateur.graph import Graph, Group, choose_groups, cut, difference, lowest, make_plan, select, trace, unit_scores
+from secateur.graph import Graph, Group, choose_groups, cut, difference, lowest, make_plan, select, trace
 from secateur.graph.choose import Scope
 from secateur.graph.prune import TOLERANCE
 from secateur.job import check_data
 from secateur.layers import check_finite, find_layers, matches
 from secateur.patterns import Units
 from secateur.recipe import Recipe
-from secateur.registry import bind, name_of
 from secateur.repair_units import refit
 from secateur.sparsity import check_sparsity
-from secateur.stats import collect
 from secateur.types import MaskSet, Plan, Sensitivity
+from secateur.unit_scoring import criterion_entry, score_units
 
 #: Allocations of units that are cut out -> whose units compete: uniform within each group, isomorphic among groups that do the
 #: same in different blocks (Fang et al. 2024, Isomorphic Pruning for Vision Models), global among all.
@@ -97,10 +95,10 @@ def prepare_units(
             f"allocation {BY_CURVES!r} goes by the curves of a scan: pass sensitivity=sc.scan(model, pattern={units.name!r}, "
             "evaluate=...)"
         )
-    name, _ = bind(CRITERIA, recipe.criterion)
+    criterion = criterion_entry(recipe)
     batches = None if data is None else Batches(data)
     training = batches if train is None else Batches(train)
-    check_data(recipe, name, CRITERIA[name].facts["needs"], batches, training)
+    check_data(recipe, criterion.name, criterion.facts["needs"], batches, training)
     if example is None and batches is not None:
         example = next(iter(batches))
     if example is None:
@@ -153,12 +151,8 @@ def rank_units(model: nn.Module, job: UnitJob) -> Ranked:
     recipe, units = job.recipe, job.units
     graph = trace(model, job.arguments)
     groups = _groups(graph, recipe, units)
-    saliency, notes = _saliency(model, job, groups)
-    how = recipe.reduction or ("abs_sum" if CRITERIA[name_of(recipe.criterion)].facts["reduction"] == "abs_sum" else "mean")
-    scores = unit_scores(model, groups, saliency, "sum" if how == "abs_sum" else how)  # type: ignore[arg-type]
-    if how == "abs_sum":
-        scores = {g: s.abs() for g, s in scores.items()}
-    return Ranked(graph, groups, scores, (*graph.notes, *notes))
+    found = score_units(model, groups, recipe, units, batches=job.batches, loss=job.loss, example=job.example)
+    return Ranked(graph, list(found.groups), dict(found.scores), (*graph.notes, *found.notes))
 
 
 def choose_units(model: nn.Module, job: UnitJob) -> Chosen:
@@ -219,13 +213,3 @@ def _groups(graph: Graph, recipe: Recipe, units: Units) -> list[Group]:
         why = "; ".join(fixed) or f"the model has no units of kind {', '.join(units.kinds)}"
         raise LayerError(f"pattern {units.name!r}: there is nothing to cut. {why}.")
     return groups
-
-
-def _saliency(model: nn.Module, job: UnitJob, groups: Iterable[Group]) -> tuple[Mapping[str, Tensor], tuple[str, ...]]:
-    """The criterion's saliency of every weight that belongs to a group, by parameter name."""
-    name, score = bind(CRITERIA, job.recipe.criterion)
-    members = {m.tensor for g in groups for m in g.members}
-    layers = {n: layer for n, layer in find_layers(model)[0].items() if n in members}
-    needs = CRITERIA[name].facts["needs"]
-    found = collect(model, layers, needs, batches=job.batches, loss=job.loss, seed=job.recipe.seed, example=job.example)
-    return {n: score(stats) for n, stats in found.layers.items()}, found.notes

@@ -56,7 +56,7 @@ def command(
     Example: secateur prune timm:resnet18?pretrained=true --sparsity 0.5,0.7 --data folder:calibration --test folder:validation
     --reestimate-norms --out runs/first
     """
-    from secateur.cli.recipes import listed, numbers, recipe_of
+    from secateur.cli.recipes import listed, numbers, piece, recipe_of
     from secateur.cli.sources import load_inputs
 
     common = recipe_of(
@@ -64,7 +64,8 @@ def command(
         ignore=ignore, seed=seed, repair=repair, reestimate_norms=reestimate_norms, finetune=finetune, lr=lr,
         optimizer=optimizer,
     )  # fmt: skip
-    recipes = variants(common, numbers(sparsity, "--sparsity"), listed(criterion), listed(budget))
+    criteria = [piece(c) for c in listed(criterion)]
+    recipes = variants(common, numbers(sparsity, "--sparsity"), criteria, listed(budget))
     if to is None and not json:
         err.print("[dim]nothing will be written: give --out DIR to keep the pruned model and its report[/dim]")
     with progress_bars(json):
@@ -75,7 +76,7 @@ def command(
     show(reports, to, json)
 
 
-def variants(common: Recipe, sparsities: list[float], criteria: list[str], budgets: list[str]) -> list[Recipe]:
+def variants(common: Recipe, sparsities: list[float], criteria: list[Any], budgets: list[str]) -> list[Recipe]:
     """The recipe at every combination of the sparsities or budgets and criteria that were given."""
     from secateur.recipe import Recipe
 
