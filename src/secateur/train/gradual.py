@@ -17,7 +17,7 @@ from secateur.recipe import Recipe
 from secateur.schedules import make_schedule
 from secateur.selection import Method, prunable, resolve, target_sparsity
 from secateur.stats import collect
-from secateur.train.hold import Held, hold, unwrapped
+from secateur.train.hold import Held, hold, innermost, unwrapped
 from secateur.train.loop import mixed
 from secateur.train.regrow import REGROW, Choice, make_regrow
 from secateur.train.running import Running
@@ -82,7 +82,7 @@ def gradual(
             f"criterion {method.criterion_name!r} needs {', '.join(beyond)}, which a training step does not give. "
             "Choose one of weights or gradients for gradual pruning, or use sc.prune with several steps."
         )
-    return Gradual(unwrapped(model), optimizer, method, wanted, (begin, end, every))
+    return Gradual(unwrapped(model), innermost(optimizer), method, wanted, (begin, end, every))
 
 
 class Gradual:

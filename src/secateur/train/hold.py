@@ -69,8 +69,7 @@ class Held:
     """Masks held on one optimizer; made by `hold`. A context manager that releases them at its end."""
 
     def __init__(self, optimizer: Optimizer, masks: Mapping[str, BoolTensor], model: nn.Module | None = None):
-        if not isinstance(optimizer, Optimizer):
-            raise TrainingError(f"hold needs a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        optimizer = innermost(optimizer)
         hooks = getattr(optimizer, "_optimizer_step_post_hooks", {})
         if any(isinstance(getattr(hook, "__self__", None), Held) for hook in hooks.values()):
             raise TrainingError("this optimizer holds masks already: call .update(masks) or .release() on what hold() returned")
@@ -187,6 +186,15 @@ def unwrapped(model: nn.Module) -> nn.Module:
     while isinstance(model, DistributedDataParallel) or hasattr(model, "_orig_mod"):
         model = model.module if isinstance(model, DistributedDataParallel) else model._orig_mod  # type: ignore[assignment]
     return model
+
+
+def innermost(optimizer: Optimizer) -> Optimizer:
+    """The optimizer that makes the steps, inside what Accelerate makes of it. Raises TrainingError where it is none."""
+    while isinstance(getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = optimizer.optimizer  # type: ignore[attr-defined]
+    if not isinstance(optimizer, Optimizer):
+        raise TrainingError(f"hold needs a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    return optimizer
 
 
 def _named_parameters(optimizer: Optimizer, model: nn.Module | None) -> dict[str, Tensor]:
