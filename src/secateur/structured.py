@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from secateur.budgets.choose import kept_within
+from secateur.budgets.choose import choose_counts
 from secateur.data.batches import Batch, Batches, Loss, inputs_of
 from secateur.errors import LayerError, ModelError, RecipeError
 from secateur.graph import Graph, Group, bypass_difference, choose_groups, cut, difference, lowest, make_plan, select, trace
@@ -22,12 +22,14 @@ from secateur.patterns import Units
 from secateur.recipe import Recipe
 from secateur.repair_units import refit
 from secateur.sparsity import check_sparsity
-from secateur.types import MaskSet, Plan
-from secateur.unit_scoring import criterion_entry, forced_units, score_units
+from secateur.types import MaskSet, Plan, Sensitivity
+from secateur.unit_scoring import check_forced, criterion_entry, forced_units, score_units
 
 #: Allocations of units that are cut out -> whose units compete: uniform within each group, isomorphic among groups that do the
 #: same in different blocks (Fang et al. 2024, Isomorphic Pruning for Vision Models), global among all.
 ALLOCATIONS: Mapping[str, Scope] = {"uniform": "local", "isomorphic": "isomorphic", "global": "global"}
+#: The allocation by which every group loses as much as makes the same damage, by the curves of `sc.scan`.
+BY_CURVES = "sensitivity"
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class UnitJob:
     train: Batches | None
     loss: Loss | None
     example: Batch
+    sensitivity: tuple[Sensitivity, ...] = ()  #: curves, for the allocation that goes by them
     train_loss: Loss | None = None  #: of the fine-tuning, where it is another than `loss`
 
     @property
@@ -84,9 +87,15 @@ def prepare_units(
     train: Iterable[Batch] | None,
     loss: Loss | None,
     example: Batch | None,
+    sensitivity: Sequence[Sensitivity] = (),
 ) -> UnitJob:
     """Resolve `recipe` for `model`. Whatever is wrong with it is said here, before any work is done."""
     sparsity = _check(recipe, units)
+    if recipe.allocation == BY_CURVES and not sensitivity:
+        raise RecipeError(
+            f"allocation {BY_CURVES!r} goes by the curves of a scan: pass sensitivity=sc.scan(model, pattern={units.name!r}, "
+            "evaluate=...)"
+        )
     criterion = criterion_entry(recipe, blocks=units.whole_blocks)
     batches = None if data is None else Batches(data)
     training = batches if train is None else Batches(train)
@@ -96,7 +105,7 @@ def prepare_units(
     if example is None:
         raise RecipeError(f"pattern {units.name!r} follows a batch through the model: pass example= or data=")
     check_finite(find_layers(model)[0].values())
-    return UnitJob(recipe, units, sparsity, batches, training, loss, example)
+    return UnitJob(recipe, units, sparsity, batches, training, loss, example, tuple(sensitivity))
 
 
 def cut_units(model: nn.Module, job: UnitJob, *, inplace: bool = False) -> Smaller:
@@ -132,33 +141,49 @@ def cut_units(model: nn.Module, job: UnitJob, *, inplace: bool = False) -> Small
     return Smaller(smaller, chosen.plan, masks, (*notes, checked))
 
 
+@dataclass(frozen=True)
+class Ranked:
+    """The groups that a recipe cuts, and ``[units]`` scores of each, by id: the lowest go first."""
+
+    graph: Graph
+    groups: list[Group]
+    scores: dict[int, Tensor]
+    notes: tuple[str, ...]
+
+
+def rank_units(model: nn.Module, job: UnitJob) -> Ranked:
+    """Trace and score. Touches nothing."""
+    recipe, units = job.recipe, job.units
+    graph = trace(model, job.arguments)
+    groups = _groups(graph, recipe, units)
+    found = score_units(model, groups, recipe, units, batches=job.batches, loss=job.loss, example=job.example)
+    return Ranked(graph, list(found.groups), dict(found.scores), (*graph.notes, *found.notes))
+
+
 def choose_units(model: nn.Module, job: UnitJob) -> Chosen:
     """Trace, score and choose. Touches nothing."""
     recipe, units = job.recipe, job.units
-    graph = trace(model, job.arguments)
     if units.whole_blocks:
+        graph = trace(model, job.arguments)
         plan, notes = plan_blocks(model, graph, recipe, batches=job.batches, loss=job.loss, example=job.example)
         return Chosen(graph, {}, plan, (*graph.notes, *notes))
-    groups = _groups(graph, recipe, units)
-    found = score_units(model, groups, recipe, units, batches=job.batches, loss=job.loss, example=job.example)
-    forced = forced_units(model, found.groups, recipe.force)
-    for group, units_ in forced.items():
-        found.scores[group][units_] = -torch.inf
-    scope = ALLOCATIONS[recipe.allocation or "uniform"]  # type: ignore[index]
-    widths: dict[str, Any] = {"round_to": units.round_to, "min_width": units.min_width, "scope": scope}
+    ranked = rank_units(model, job)
+    graph, groups, scores = ranked.graph, ranked.groups, ranked.scores
+    forced = forced_units(model, groups, recipe.force)
+    for group, gone in forced.items():
+        scores[group][gone] = -torch.inf
+    widths: dict[str, Any] = {"round_to": units.round_to, "min_width": units.min_width}
+    scope = job.sensitivity if recipe.allocation == BY_CURVES else ALLOCATIONS[recipe.allocation or "uniform"]  # type: ignore[index]
     budget = None
-    if job.sparsity is not None:
-        removed = select(graph, found.groups, found.scores, job.sparsity, **widths)
+    if job.sparsity is not None and isinstance(scope, str):
+        removed = select(graph, groups, scores, job.sparsity, scope=scope, **widths)
     else:
-        kept, budget = kept_within(recipe.budget, model, graph, found.groups, found.scores, example=job.arguments, **widths)
-        removed = lowest(found.groups, found.scores, kept)
-    for group, units_ in forced.items():
-        if not set(units_) <= set(removed.get(group, ())):
-            raise RecipeError(
-                f"force names {len(units_)} units of {graph.groups[group].name!r}, of which fewer go. Raise the sparsity."
-            )
-    plan = replace(make_plan(graph, model, removed), budget=budget)
-    return Chosen(graph, removed, plan, (*graph.notes, *found.notes))
+        target = recipe.budget if job.sparsity is None else job.sparsity
+        where: dict[str, Any] = {"target": target, "scope": scope, "example": job.example}
+        kept, budget = choose_counts(model, graph, groups, scores, **where, **widths)
+        removed = lowest(groups, scores, kept)
+    check_forced(graph, forced, removed)
+    return Chosen(graph, removed, replace(make_plan(graph, model, removed), budget=budget), ranked.notes)
 
 
 def masks_of(model: nn.Module, plan: Plan) -> MaskSet:
@@ -192,8 +217,8 @@ def _check(recipe: Recipe, units: Units) -> float | None:
                     f"pattern 'layer' takes whole blocks out: {key}={value!r} has no meaning there. Leave it out."
                 )
         return None if recipe.sparsity is None else check_sparsity(recipe.sparsity)
-    if recipe.allocation is not None and recipe.allocation not in list(ALLOCATIONS):
-        raise RecipeError(f"pattern {units.name!r} knows the allocations {', '.join(ALLOCATIONS)}; got {recipe.allocation!r}")
+    if recipe.allocation is not None and recipe.allocation not in (known := [*ALLOCATIONS, BY_CURVES]):
+        raise RecipeError(f"pattern {units.name!r} knows the allocations {', '.join(known)}; got {recipe.allocation!r}")
     if recipe.steps > 1:
         raise RecipeError(
             f"pattern {units.name!r} is cut in one step, steps={recipe.steps}. Prune the result again to go further."

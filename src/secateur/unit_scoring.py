@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from secateur.criteria import CRITERIA, UNIT_CRITERIA
 from secateur.data.batches import Batch, Batches, Loss
 from secateur.errors import LayerError, NonFiniteError, RecipeError, UnknownName
-from secateur.graph import Group, Member, combined, normalized, unit_scores
+from secateur.graph import Graph, Group, Member, combined, normalized, unit_scores
 from secateur.layers import CONVOLUTIONS, Layer, find_layers, non_finite_message
 from secateur.patterns import Units
 from secateur.recipe import Recipe
@@ -121,6 +121,14 @@ def forced_units(model: nn.Module, groups: Iterable[Group], force: Sequence[str]
                 )
             forced.setdefault(group.id, []).append(unit_of[index])
     return forced
+
+
+def check_forced(graph: Graph, forced: Mapping[int, Sequence[int]], removed: Mapping[int, Sequence[int]]) -> None:
+    """Raise RecipeError where units that have to go are not among those that are removed."""
+    for group, units in forced.items():
+        if not set(units) <= set(removed.get(group, ())):
+            name = graph.groups[group].name
+            raise RecipeError(f"force names {len(units)} units of {name!r}, of which fewer go. Raise the sparsity.")
 
 
 def _by_elements(

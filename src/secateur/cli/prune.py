@@ -68,15 +68,15 @@ def command(
         slimming=slimming, slimming_strength=slimming_strength, finetune=finetune, lr=lr,
         optimizer=optimizer,
     )  # fmt: skip
-    wanted = [piece(c) for c in listed(criterion)]
-    recipes = variants(common, numbers(sparsity, "--sparsity"), wanted, listed(budget))
+    criteria = [piece(c) for c in listed(criterion)]
+    recipes = variants(common, numbers(sparsity, "--sparsity"), criteria, listed(budget))
     if to is None and not json:
         err.print("[dim]nothing will be written: give --out DIR to keep the pruned model and its report[/dim]")
     with progress_bars(json):
         inputs = load_inputs(
             model, data=data, train=train, test=test, evaluate=evaluate, batch_size=batch_size, limit=limit, threads=threads
         )
-        reports = run(inputs, recipes, to, overwrite, sensitivity(inputs, recipes[0]) if scan else ())
+        reports = run(inputs, recipes, to, overwrite, sensitivity(inputs, recipes[0]) if scan or needs_scan(recipes[0]) else ())
     show(reports, to, json)
 
 
@@ -88,6 +88,11 @@ def variants(common: Recipe, sparsities: list[float], criteria: list[Any], budge
     return [Recipe.make(common, criterion=c, sparsity=s, budget=b) for c, s, b in choices]
 
 
+def needs_scan(recipe: Recipe) -> bool:
+    """Whether the recipe goes by sensitivity curves."""
+    return recipe.allocation == "sensitivity"
+
+
 def sensitivity(inputs: Inputs, recipe: Recipe) -> Any:
     """How much each layer bears of the recipe's criterion and pattern, for the report."""
     import secateur as sc
@@ -97,7 +102,7 @@ def sensitivity(inputs: Inputs, recipe: Recipe) -> Any:
     return sc.scan(
         inputs.loaded.model, evaluate=inputs.evaluate, data=inputs.data, criterion=recipe.criterion, pattern=recipe.pattern,
         sparsities=SCANNED if ":" not in str(recipe.pattern) else None, reduction=recipe.reduction, layers=recipe.layers,
-        ignore=recipe.ignore, seed=recipe.seed, cache=SCAN_CACHE,
+        ignore=recipe.ignore, example=inputs.example, seed=recipe.seed, cache=SCAN_CACHE,
     )  # fmt: skip
 
 
