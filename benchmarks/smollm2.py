@@ -37,7 +37,7 @@ METHODS = {
 PLAIN = ("plain magnitude", "plain wanda", "plain sparsegpt", "plain alps")
 SETTINGS = ("0.5", "2:4", "4:8", "0.6", "0.7")
 SEQUENCES, LENGTH, BATCH = 128, 256, 4
-JUDGED, JUDGED_LENGTH = 48, 512
+JUDGED, JUDGED_LENGTH = 24, 512
 
 
 def windows(tokenizer: Any, split: str, length: int, count: int) -> torch.Tensor:
