@@ -25,7 +25,7 @@ import torch
 from conditions import ROOT, asset, conditions, table
 from torch import nn
 
-sys.path += [str(ROOT / "examples"), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "tests")]  # before this folder, which has a smollm2.py too
 
 #: Criterion and solver; Wanda compares within rows, the others within layers.
 METHODS = {
