@@ -108,7 +108,7 @@ def page(rows: dict[str, dict[str, Any]]) -> list[str]:
         f"{SEQUENCES} windows of {LENGTH} tokens",
         f"of the validation text. Perplexity: the first {JUDGED} windows of {JUDGED_LENGTH} tokens of the test text, each by",
         "itself. All 210 weights of the 30 blocks lose the same share. Error is the mean over layers of the squared output",
-        "error relative to the output, seconds are of pruning alone (loading, 19 s, and judging are left out), memory is the peak of the process.",
+        "error relative to the output, seconds are of pruning alone (not of loading and judging), memory is the process's peak.",
         '"Plain" is the authors\' formulas as tests/authors.py writes them, on the same data.',
         "",
     ]

@@ -72,6 +72,44 @@ class LayerStats:
         return value
 
 
+class UnitNeed(enum.Enum):
+    """A statistic of whole units, from calibration batches, that a unit criterion asks for. The value is a `UnitStats` name."""
+
+    ACTIVATION_NORM = "activation_norm"  #: l2 norm of the unit's activations over all samples and positions
+    GATE_ABS = "gate_abs"  #: mean over samples of |derivative of the loss by a factor on the whole unit|
+    GATE_SQ = "gate_sq"  #: mean over samples of its square
+    BLOCK_CHANGE = "block_change"  #: 1 - cosine of a block's input and output, mean over positions
+    BLOCK_LOSS = "block_loss"  #: how much the loss rises when the block is bypassed
+
+    @property
+    def data(self) -> bool:
+        """Whether calibration batches are needed for it: always."""
+        return True
+
+
+@dataclass(frozen=True)
+class UnitStats:
+    """What is known of the units of a group in one of the tensors that they have slices in. Float32, units first.
+
+    `weight` is ``[units, elements]``, all else ``[units]``. Of whole blocks there is no weight: its `elements` are 0.
+    """
+
+    name: str
+    weight: Tensor
+    activation_norm: Tensor | None = None
+    gate_abs: Tensor | None = None
+    gate_sq: Tensor | None = None
+    block_change: Tensor | None = None
+    block_loss: Tensor | None = None
+
+    def need(self, which: UnitNeed) -> Tensor:
+        """The statistic `which`, or a LookupError that names the tensor and the missing statistic."""
+        value = getattr(self, which.value)
+        if value is None:
+            raise LookupError(f"{self.name!r} has no statistic {which.value!r}: declare it in the criterion's needs")
+        return value.clone()
+
+
 @runtime_checkable
 class Pattern(Protocol):
     """How the elements of a weight fold into removable units, and the groups within which units compete."""
@@ -257,6 +295,20 @@ class LayerPlan:
 
 
 @dataclass(frozen=True)
+class Budget:
+    """What a pruned model was allowed to cost, what was promised, and what was found when it was there."""
+
+    asked: str  #: as it was written: ``50% MACs``
+    unit: str  #: params, MACs, bytes or ms
+    dense: float  #: cost of the model before
+    limit: float
+    promised: float
+    achieved: float | None = None  #: None = not measured, as in a plan
+    low: float | None = None  #: of ms the quartiles of what was achieved
+    high: float | None = None
+
+
+@dataclass(frozen=True)
 class GroupPlan:
     """Units that are cut alike everywhere: who is coupled to whom, through what, and how many stay."""
 
@@ -278,6 +330,7 @@ class Plan:
     attributes: Mapping[str, int] = field(default_factory=dict)  #: ``module.attribute`` or ``module.attribute[i]`` -> new value
     dropped: tuple[str, ...] = ()  #: whole blocks that are taken out, after the cuts
     groups: tuple[GroupPlan, ...] = ()  #: what is coupled to what, where units are cut
+    budget: Budget | None = None  #: where one was given
 
     @property
     def sparsity(self) -> float:
@@ -299,7 +352,8 @@ class Plan:
             GroupPlan(**{**g, "members": tuple(g["members"]), "links": {how: tuple(at) for how, at in g["links"].items()}})
             for g in data.get("groups", ())
         )
-        return cls(layers, cuts, dict(data["skipped"]), attributes, dropped, groups)
+        budget = Budget(**data["budget"]) if data.get("budget") else None
+        return cls(layers, cuts, dict(data["skipped"]), attributes, dropped, groups, budget)
 
 
 @dataclass(frozen=True)
@@ -388,6 +442,7 @@ class Report:
     recipe: str = ""  #: TOML
     environment: Mapping[str, str] = field(default_factory=dict)
     seconds: float = 0.0
+    budget: Budget | None = None  #: what the model was allowed to cost, where that was asked for
 
     def to_json(self) -> dict[str, Any]:
         """Plain lists and dicts, as `from_json` reads them."""
@@ -407,6 +462,7 @@ class Report:
         )
         data["points"] = tuple(Point(**p) for p in data["points"])
         data["notes"] = tuple(data["notes"])
+        data["budget"] = Budget(**data["budget"]) if data.get("budget") else None
         return cls(**data)
 
 
