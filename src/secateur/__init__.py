@@ -25,6 +25,7 @@ _HOME = {
     "Report": "secateur.types",
     "Result": "secateur.types",
     "SecateurError": "secateur.errors",
+    "compress": "secateur.coding.compress",
     "criterion": "secateur.criteria",
     "deploy": "secateur.runtime.deploy",
     "finetune": "secateur.train.finetune",
@@ -42,6 +43,7 @@ _HOME = {
 }
 
 if TYPE_CHECKING:
+    from secateur.coding.compress import compress as compress
     from secateur.criteria import criterion as criterion
     from secateur.data import load_data as load_data
     from secateur.errors import SecateurError as SecateurError

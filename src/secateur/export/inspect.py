@@ -145,7 +145,7 @@ def _artifact(path: Path) -> _Checkpoint:
         with Artifact(path) as artifact:
             yield from artifact.tensors()
 
-    return _Checkpoint("artifact", (path / manifest.WEIGHTS,), tensors(), len(found.tensors), found.aliases)
+    return _Checkpoint("artifact", (path / found.weights,), tensors(), len(found.tensors), found.aliases)
 
 
 def _safetensors(kind: str, files: tuple[Path, ...], expected: Mapping[str, str] | None = None) -> _Checkpoint:
