@@ -15,7 +15,7 @@ from secateur.coding.kernels import compiled
 
 MAX_BITS = 15
 _LOW = np.uint64(1 << 16)
-_LANE_SYMBOLS = 4096  # symbols that pay for a lane's four bytes of state
+_LANE_SYMBOLS = 16384  # symbols that pay for a lane's four bytes of state
 
 
 def normalised(counts: np.ndarray) -> tuple[np.ndarray, int]:
