@@ -36,6 +36,7 @@ class UnitJob:
     train: Batches | None
     loss: Loss | None
     example: Batch
+    train_loss: Loss | None = None  #: of the fine-tuning, where it is another than `loss`
 
     @property
     def arguments(self) -> Any:

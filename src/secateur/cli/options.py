@@ -208,3 +208,4 @@ Threads = Annotated[
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON and nothing else.", rich_help_panel=RUN)]
+Full = Annotated[bool, typer.Option("--full", help="Show all of it, with nothing summed up.", rich_help_panel=RUN)]

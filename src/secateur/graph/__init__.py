@@ -4,7 +4,8 @@ from secateur.graph.blocks import block_importance, drop_blocks, plan_without, r
 from secateur.graph.config import fit_config
 from secateur.graph.cut import cut, recut
 from secateur.graph.graph import Graph, Group, Member, trace
-from secateur.graph.prune import choose_groups, make_plan, prune_channels, select, unit_scores
+from secateur.graph.plan import make_plan
+from secateur.graph.prune import choose_groups, prune_channels, select, unit_scores
 from secateur.graph.rules import rule
 from secateur.graph.verify import difference, masked_output
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from secateur.errors import LayerError, ModelError, RecipeError, UnknownName
 from secateur.graph.cut import cut
 from secateur.graph.graph import KINDS, Graph, Group, trace
+from secateur.graph.plan import make_plan
 from secateur.graph.verify import difference
 from secateur.layers import find_layers, matches
-from secateur.types import Cut, LayerPlan, Plan
+from secateur.types import Plan
 
 #: ``l1``; a callable ``(name, canonical weight) -> saliency``; or saliencies by parameter name. Higher = keep.
 Scores = Literal["l1"] | Callable[[str, Tensor], Tensor] | Mapping[str, Tensor]
@@ -236,63 +236,4 @@ def _rounded(wanted: int, units: int, round_to: int, min_width: int) -> int:
     return min(n, units)
 
 
-def make_plan(graph: Graph, model: nn.Module, removed: Mapping[int, Iterable[int]]) -> Plan:
-    """The plan that removes units of groups: all cuts, and the attributes that must follow. Touches nothing.
-
-    Raises LayerError where a tensor would be left empty, or where sizes in the forward cannot follow.
-    """
-    removed_leaves = graph.flags(removed)
-    attributes, wrong = graph.attributes(removed_leaves)
-    if wrong:
-        raise LayerError(f"the sizes in the forward cannot follow this cut: {wrong[0]}")
-    if other := graph.other_path(removed_leaves, attributes):
-        raise LayerError(f"the forward depends on {other}. Keep more units there, or leave it out with ignore=.")
-    values = graph.recording.values
-    cuts = []
-    for (name, dim), gone in graph.removed_indices(removed_leaves).items():
-        flags = np.ones(values[name].shape[dim], bool)
-        flags[gone] = False
-        kept = np.flatnonzero(flags)
-        if not len(kept):
-            raise LayerError(
-                f"nothing would be left of dimension {dim} of {name!r}, shape {values[name].shape}. Lower the sparsity."
-            )
-        cuts.append(Cut(name, dim, tuple(kept.tolist())))
-    return Plan(_layers(graph, cuts), tuple(cuts), _skipped(graph, cuts), attributes)
-
-
-def _layers(graph: Graph, cuts: Sequence[Cut]) -> tuple[LayerPlan, ...]:
-    kept: dict[str, dict[int, int]] = {}
-    for c in cuts:
-        kept.setdefault(c.tensor, {})[c.dim] = len(c.kept)
-    partners: dict[str, set[str]] = {}
-    for group in graph.groups:
-        names = [m.tensor for m in group.members if m.tensor in kept]
-        for name in names:
-            partners.setdefault(name, set()).update(n for n in names[:16] if n != name)
-    out = []
-    for name, value in graph.recording.values.items():
-        if name not in kept or value.ndim < 2:
-            continue
-        shape = tuple(kept[name].get(d, n) for d, n in enumerate(value.shape))
-        why = "coupled with " + ", ".join(sorted(partners[name])[:8]) if partners.get(name) else ""
-        out.append(LayerPlan(name, value.shape, int(np.prod(value.shape)), int(np.prod(shape)), "channel", why))
-    return tuple(out)
-
-
-def _skipped(graph: Graph, cuts: Sequence[Cut]) -> dict[str, str]:
-    """Weights of which no dimension is cut, with the reason of the first group that could have been."""
-    cut_names = {c.tensor for c in cuts}
-    skipped: dict[str, str] = {
-        name: "the forward that was traced does not use it; where another does, it may no longer fit"
-        for name, value in graph.recording.values.items()
-        if value.labels is None and value.ndim >= 2
-    }
-    for group in graph.groups:
-        for member in group.members:
-            if group.reason and member.tensor not in cut_names and graph.recording.values[member.tensor].ndim >= 2:
-                skipped.setdefault(member.tensor, group.reason)
-    return skipped
-
-
-__all__ = ["TOLERANCE", "choose_groups", "make_plan", "prune_channels", "select", "unit_scores"]
+__all__ = ["TOLERANCE", "choose_groups", "prune_channels", "select", "unit_scores"]
