@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from packed_fuzz import mutants
 from packed_example import tensors
+from packed_fuzz import mutants
 
 from secateur.coding import packed
 from secateur.coding.bits import ByteWriter

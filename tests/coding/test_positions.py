@@ -24,7 +24,9 @@ def uneven(shape, density, seed=0):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize(("shape", "density"), [((1, 1), 1.0), ((1, 9), 0.4), ((40, 30), 0.0), ((40, 30), 1.0), ((60, 90), 0.03)])
+@pytest.mark.parametrize(
+    ("shape", "density"), [((1, 1), 1.0), ((1, 9), 0.4), ((40, 30), 0.0), ((40, 30), 1.0), ((60, 90), 0.03)]
+)
 def test_positions_come_back_and_both_coders_agree(mode, shape, density):
     mask = np.random.default_rng(0).random(shape) < density
     made = positions.encode(mask, positions=mode)
@@ -41,7 +43,9 @@ def test_positions_come_back_and_both_coders_agree(mode, shape, density):
 def test_distances_beyond_a_padding():
     mask = np.zeros((1, 5000), np.bool_)
     mask[0, [0, 255, 256, 512, 4999]] = True  # distances 0, 254, 0, 255, 4486
-    assert np.array_equal(positions.decode(ByteReader(positions.encode(mask, positions="gaps")), mask.shape), np.flatnonzero(mask))
+    assert np.array_equal(
+        positions.decode(ByteReader(positions.encode(mask, positions="gaps")), mask.shape), np.flatnonzero(mask)
+    )
 
 
 def test_the_bound_counts_masks():
@@ -68,7 +72,7 @@ def test_uneven_masks_take_less_than_the_bound():
 
 def test_positions_beyond_the_end_are_refused():
     made = positions.encode(np.ones((3, 7), np.bool_), positions="gaps")
-    with pytest.raises(DecodeError, match="beyond|out of range"):
+    with pytest.raises(DecodeError, match=r"beyond|out of range"):
         positions.decode(ByteReader(made), (3, 6))
 
 

@@ -35,7 +35,7 @@ def test_some_initialisation_is_near_the_optimum():
         best = least_distance(values, 3)
         found = [distance(values, kmeans(values, 3, init, seed)) for init in INITS]
         assert best - 1e-12 <= min(found) <= 1.1 * best
-    
+
 
 @pytest.mark.parametrize("init", INITS)
 def test_centroids_are_means_of_their_clusters(init):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import itertools
 from contextlib import nullcontext
 
 import numpy as np
@@ -73,7 +74,7 @@ def test_huffman_is_optimal_and_canonical(seed):
     codes = huffman.codes_of(lengths)
     words = sorted((int(n), int(c)) for n, c in zip(lengths, codes, strict=True) if n)
     assert words[0][1] == 0
-    for (n, c), (m, d) in zip(words, words[1:], strict=False):
+    for (n, c), (m, d) in itertools.pairwise(words):
         assert d == (c + 1) << (m - n)
 
 

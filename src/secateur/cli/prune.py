@@ -38,6 +38,7 @@ def command(
     finetune: o.FineTuneEpochs = None,
     lr: o.LearningRate = None,
     optimizer: o.Optimizer = None,
+    compress: o.Compress = None,
     data: o.Data = None,
     train: o.Train = None,
     test: o.Test = None,
@@ -61,7 +62,7 @@ def command(
     common = recipe_of(
         recipe, pattern=pattern, allocation=allocation, reduction=reduction, schedule=schedule, steps=steps, layers=layers,
         ignore=ignore, seed=seed, repair=repair, reestimate_norms=reestimate_norms, finetune=finetune, lr=lr,
-        optimizer=optimizer,
+        optimizer=optimizer, compress=compress,
     )  # fmt: skip
     recipes = variants(common, numbers(sparsity, "--sparsity"), listed(criterion))
     if to is None and not json:

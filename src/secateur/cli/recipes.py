@@ -12,7 +12,13 @@ if TYPE_CHECKING:
 
 
 def recipe_of(
-    file: Path | None, *, finetune: int | None = None, lr: float | None = None, optimizer: str | None = None, **changes: Any
+    file: Path | None,
+    *,
+    finetune: int | None = None,
+    lr: float | None = None,
+    optimizer: str | None = None,
+    compress: float | None = None,
+    **changes: Any,
 ) -> Recipe:
     """The recipe in `file`, if any, with the options that were given laid over it."""
     from secateur.recipe import Recipe
@@ -24,6 +30,8 @@ def recipe_of(
         if finetune is None and base.finetune is None:
             raise RecipeError("--lr and --optimizer are for fine-tuning: give --finetune EPOCHS too")
         given["finetune"] = {**(base.finetune.model_dump(exclude_unset=True) if base.finetune else {}), **tuning}
+    if compress is not None:
+        given["compress"] = {**(base.compress.model_dump(exclude_unset=True) if base.compress else {}), "bits": compress}
     return Recipe.make(base, **given)
 
 

@@ -47,7 +47,7 @@ def _traced(
     """Walk back from the largest number of units whose true cost fits the budget."""
     for at in range(limit, -1, -1):
         chosen, left, total = {}, at, 0
-        for (name, layer), pick in zip(reversed(options.items()), reversed(picks), strict=True):
+        for (name, layer), pick in zip(reversed(list(options.items())), reversed(picks), strict=True):
             index = int(pick[left])
             units = -(-layer[index][0] // unit)
             if units > left:

@@ -1,4 +1,4 @@
-"""`compress`: share or round the weights of a model, repair it, and write it entropy-coded. Deep Compression's last two stages."""
+"""`compress`: share or round the weights of a model and write it entropy-coded. Deep Compression's last two stages."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import copy
 import logging
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ from secateur.coding import budget as knapsack
 from secateur.coding import packed
 from secateur.coding.integers import quantised
 from secateur.coding.kmeans import INITS, Init
+from secateur.coding.norms import fold_norm
 from secateur.coding.norms import fold_norms as fold
 from secateur.coding.share import rounded_vector, shared
 from secateur.coding.tensor import Bits, Coded, encode
@@ -118,7 +119,7 @@ def compress(
         data: calibration batches. Errors are then those of outputs.
         fold_norms: put BatchNorms that follow a layer into its weights, which leaves a shift for each channel to be stored.
             Needs `data`.
-        reestimate_norms: re-estimate BatchNorm statistics on `data` afterwards.
+        reestimate_norms: re-estimate BatchNorm statistics on `data` afterwards; folded ones are folded again.
         train, finetune, loss: batches, settings and loss of `sc.finetune`, to train shared values by gradients summed over
             the weights that share them. For scheme "kmeans".
         seed: of random initialisation and of training.
@@ -145,8 +146,7 @@ def compress(
     before = sum(t.numel() * t.dtype.itemsize for _, t in state.tensors.values())
     made = model if inplace else copy.deepcopy(model)
     batches = None if data is None else Batches(data)
-    if fold_norms and batches is not None:
-        fold(made, next(iter(batches)))
+    folded = fold(made, next(iter(batches))) if fold_norms and batches is not None else []
     work = _Work(made, scheme, init, seed, ignore, batches)
     work.run(_bits(work, bits, budget))
     shared_vectors = _round_vectors(made, work, vector_bits, init, seed)
@@ -157,6 +157,7 @@ def compress(
         _round_books(made, names)
     if reestimate_norms and batches is not None:
         reestimate(made, batches)
+        work.fold_again(folded)
         _round_vectors(made, work, 16 if vector_bits else None, init, seed)
     layers, size = _measured(made, work)
     path = None
@@ -172,9 +173,7 @@ def compress(
 class _Work:
     """The weights of a model while they are given bits."""
 
-    def __init__(
-        self, model: nn.Module, scheme: Scheme, init: Init, seed: int, ignore: Sequence[str], batches: Batches | None
-    ):
+    def __init__(self, model: nn.Module, scheme: Scheme, init: Init, seed: int, ignore: Sequence[str], batches: Batches | None):
         self.model, self.batches = model, batches
         self._scheme, self._init, self._seed = scheme, init, seed
         tensors = state_of(model).tensors
@@ -196,6 +195,16 @@ class _Work:
             self._give(name, bits[name], gram)
         for name in track([n for n in self.weights if n not in self.bits], "coding"):
             self._give(name, bits[name], None)
+
+    def fold_again(self, pairs: Sequence[tuple[nn.Module, nn.Module]]) -> None:
+        """Statistics estimated anew go where the old ones went: into scales, which leaves the codes as they are."""
+        names = {id(weight): name for name, weight in self.weights.items()}
+        for layer, norm in pairs:
+            name = names.get(id(layer.weight))
+            if name in self.coded and (factor := fold_norm(layer, norm)) is not None:
+                scales = (self.coded[name].scales.double() * factor.cpu()).float().half().float()
+                self.coded[name] = replace(self.coded[name], scales=scales)
+                self.weights[name].data.copy_(self.coded[name].values())
 
     def options(self, choices: Sequence[float]) -> dict[str, list[tuple[int, float]]]:
         """For each weight, bytes and loss under each number of bits, by itself."""
@@ -300,9 +309,7 @@ def _measured(model: nn.Module, work: _Work) -> tuple[tuple[LayerBits, ...], int
     return layers, size
 
 
-def _check(
-    bits: Any, budget: int | None, scheme: str, init: str, data: Any, norms: bool, finetune: Any, train: Any
-) -> None:
+def _check(bits: Any, budget: int | None, scheme: str, init: str, data: Any, norms: bool, finetune: Any, train: Any) -> None:
     for what, value, known in (("scheme", scheme, SCHEMES), ("init", init, INITS)):
         if value not in known:
             raise RecipeError(f"unknown {what} {value!r}{did_you_mean(str(value), known)} Known: {', '.join(known)}.")

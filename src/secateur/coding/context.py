@@ -6,7 +6,7 @@ Only whole numbers are computed with, so that every machine decodes the same mas
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -76,8 +76,9 @@ class _Writer:
     """32 bits of range; a carry goes back into the bytes already written."""
 
     def __init__(self, mask: np.ndarray):
-        self._rows, self._columns = mask.any(1).tolist(), mask.any(0).tolist()
-        self._mask = mask.tolist()
+        self._rows: Any = mask.any(1).tolist()
+        self._columns: Any = mask.any(0).tolist()
+        self._mask: list[list[bool]] = mask.tolist()
         self._out = bytearray()
         self._low, self._range = 0, 0xFFFFFFFF
 

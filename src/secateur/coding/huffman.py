@@ -24,13 +24,11 @@ def lengths_of(counts: np.ndarray) -> np.ndarray:
     if len(present) > 1 << MAX_LENGTH:
         raise ValueError(f"{len(present)} symbols do not fit into codes of {MAX_LENGTH} bits")
     order = present[np.argsort(counts[present], kind="stable")]
-    coins = [(int(counts[s]), (int(s),)) for s in order]
+    coins: list[tuple[int, tuple[int, ...]]] = [(int(counts[s]), (int(s),)) for s in order]
     packages: list[tuple[int, tuple[int, ...]]] = []
     for _ in range(MAX_LENGTH):
         merged = sorted(packages + coins, key=lambda coin: coin[0])
-        packages = [
-            (merged[i][0] + merged[i + 1][0], merged[i][1] + merged[i + 1][1]) for i in range(0, len(merged) - 1, 2)
-        ]
+        packages = [(merged[i][0] + merged[i + 1][0], merged[i][1] + merged[i + 1][1]) for i in range(0, len(merged) - 1, 2)]
     for _, symbols in packages[: len(present) - 1]:
         np.add.at(lengths, list(symbols), 1)
     return lengths

@@ -37,9 +37,9 @@ FREE_VALUES, VALUES_PER_BYTE = 1 << 24, 2048
 _HEADER = struct.Struct("<7sBQII")
 #: The order is the format: dtypes are stored as their place in it.
 DTYPES = (
-    torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8,
-    torch.bool, torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz, torch.uint16, torch.uint32,
-    torch.uint64,
+    torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.int32, torch.int16, torch.int8,
+    torch.uint8, torch.bool, torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz,
+    torch.uint16, torch.uint32, torch.uint64,
 )  # fmt: skip
 
 
@@ -54,9 +54,7 @@ class Entry:
     crc: int
 
 
-def write(
-    path: Path, tensors: Iterable[tuple[str, Tensor, Coded | None]], options: Options | None = None
-) -> dict[str, Bits]:
+def write(path: Path, tensors: Iterable[tuple[str, Tensor, Coded | None]], options: Options | None = None) -> dict[str, Bits]:
     """Write and sync a packed file, one tensor in memory at a time. Says of each where its bits went.
 
     Names must be unique. Raises ArtifactError for a dtype that the format lacks.
@@ -77,7 +75,9 @@ def write(
         file.write(bytes(padding))
         index = _index(entries)
         if len(index) > INDEX_CAP:
-            raise ArtifactError(f"the names of {len(entries)} tensors need an index of {len(index)} bytes; {INDEX_CAP} are allowed")
+            raise ArtifactError(
+                f"the names of {len(entries)} tensors need an index of {len(index)} bytes; {INDEX_CAP} are allowed"
+            )
         file.write(index)
         file.seek(0)
         file.write(_HEADER.pack(MAGIC, VERSION, at + padding, len(index), zlib.crc32(index)))
@@ -148,7 +148,8 @@ def _index(entries: list[tuple[str, Entry]]) -> bytes:
     last = b""
     for name, entry in entries:
         encoded = name.encode()
-        shared = len(os.path.commonprefix([last, encoded]))
+        pairs = zip(last, encoded, strict=False)
+        shared = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(last), len(encoded)))
         last = encoded
         writer.varint(shared)
         writer.sized(encoded[shared:])

@@ -20,7 +20,7 @@ def shared(weight: Tensor, bits: float, init: Init = "linear", seed: int = 0) ->
     """
     flat = weight.detach().float().cpu().reshape(-1)
     kept = flat[flat != 0].numpy()
-    whole = int(round(2.0**bits)) - int(len(kept) < flat.numel())
+    whole = round(2.0**bits) - int(len(kept) < flat.numel())
     if not len(kept):
         return weight.detach().clone()
     centroids = kmeans(kept, max(1, whole), init, seed)

@@ -1,4 +1,4 @@
-"""A stream of symbols with its own table: how many, which code, the table, the bits. Also how near the bits are to the entropy."""
+"""A stream of symbols with its own table: which code, the table, the bits. Also how near the bits are to the entropy."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from secateur.export.container import Container, Part
 from secateur.export.manifest import TORCH_DTYPES, Encoding, Kind, TensorEntry
 from secateur.runtime.formats import bitmask, csr
 
-#: "auto" competes bitmask with dense; "csr" competes CSR with dense; "dense" leaves everything dense; "packed" codes everything.
+#: "auto" competes bitmask with dense; "csr" competes CSR with dense; "dense" leaves all dense; "packed" codes all.
 Format = Literal["auto", "dense", "bitmask", "csr", "packed"]
 FORMATS: tuple[Format, ...] = ("auto", "dense", "bitmask", "csr", "packed")
 _SPLIT = {torch.complex32: torch.float16, torch.complex64: torch.float32, torch.complex128: torch.float64}
