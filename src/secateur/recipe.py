@@ -81,8 +81,8 @@ class Compress(_Strict):
     """Of each weight; 5 where no budget is given."""
     budget: Annotated[int, Field(ge=1)] | None = None
     """Bytes for all weights together, instead: bits are chosen layer by layer."""
-    scheme: Literal["kmeans", "integer"] = "kmeans"
-    """A codebook for each layer, or whole numbers with a scale for each output."""
+    scheme: Literal["kmeans", "integer", "entropy"] = "kmeans"
+    """A codebook for each layer; whole numbers with a scale for each output; the same without a largest number."""
     vector_bits: Annotated[float, Field(ge=1, le=16)] | None = 16
     """Of biases, norms and statistics."""
     fold_norms: bool = False

@@ -12,6 +12,7 @@ from secateur.coding.budget import choose
 from secateur.coding.integers import largest, quantised
 from secateur.coding.kmeans import INITS, kmeans, nearest
 from secateur.coding.share import rounded_vector, shared
+from secateur.coding.streams import entropy_bits
 from secateur.errors import RecipeError
 
 
@@ -99,6 +100,17 @@ def test_whole_numbers_are_the_nearest_and_zeros_stay(bits):
     inside = weight.abs() <= scale * largest(bits)
     assert bool(((coded.values() - weight).abs() <= scale / 2 * 1.001)[inside].all())
     assert torch.equal(coded.scales, coded.scales.half().float())
+
+
+@pytest.mark.parametrize("bits", [2.5, 4.0])
+def test_steps_for_an_entropy_take_that_entropy_and_err_less_than_clipping(bits):
+    torch.manual_seed(0)
+    weight = torch.randn(64, 2000) * torch.rand(64, 1)
+    free = quantised(weight, bits, clipped=False)
+    assert entropy_bits(free.codes.unique(return_counts=True)[1].numpy()) / weight.numel() == pytest.approx(bits, abs=0.06)
+    clipped = [quantised(weight, b) for b in np.arange(bits - 0.5, bits + 1.5, 0.125)]
+    same = min(clipped, key=lambda c: abs(entropy_bits(c.codes.unique(return_counts=True)[1].numpy()) / weight.numel() - bits))
+    assert (free.values() - weight).square().sum() < 0.97 * (same.values() - weight).square().sum()
 
 
 def correlated(count=400, width=40):

@@ -35,12 +35,13 @@ from secateur.train.finetune import finetune as train_on
 from secateur.types import Report
 
 log = logging.getLogger("secateur")
-Scheme = Literal["kmeans", "integer"]
-SCHEMES: tuple[Scheme, ...] = ("kmeans", "integer")
+Scheme = Literal["kmeans", "integer", "entropy"]
+SCHEMES: tuple[Scheme, ...] = ("kmeans", "integer", "entropy")
 #: What a budget chooses from, for each scheme.
 CHOICES: Mapping[Scheme, tuple[float, ...]] = {
     "kmeans": (2, 3, 4, 5, 6, 7, 8),
     "integer": (3, 3.5, 4, 4.5, 5, 5.5, 6, 7, 8),
+    "entropy": (2, 2.5, 3, 3.5, 4, 4.5, 5, 6, 7),
 }
 
 
@@ -112,6 +113,7 @@ def compress(
             least, by dynamic programming.
         scheme: "kmeans": each layer has a codebook of 2^bits values (Deep Compression). "integer": whole numbers times a scale
             for each output, which exporters can keep; with `data`, rounding errors are made up for layer by layer (GPTQ).
+            "entropy": the same without a largest number, where `bits` is what a weight takes after coding: the smallest.
         init: where k-means begins: "linear" (default), "density" or "random".
         vector_bits: 16 rounds biases, norms and statistics to float16 where that changes nothing by more than a thousandth;
             fewer share their values; None keeps them.
@@ -236,9 +238,8 @@ class _Work:
             return shared(weight, bits, self._init, self._seed), None
         layer = self._layers.get(name)
         if layer is None or gram is None or layer.swap:
-            coded = quantised(weight, bits, name=name)
-        else:
-            coded = quantised(weight, bits, gram=gram, name=name)
+            gram = None
+        coded = quantised(weight, bits, gram=gram, name=name, clipped=self._scheme == "integer")
         return coded.values(), coded
 
     def _error(self, name: str, before: Tensor, after: Tensor, gram: Tensor | None) -> float:
