@@ -28,6 +28,7 @@ _HOME = {
     "compress": "secateur.coding.compress",
     "criterion": "secateur.criteria",
     "deploy": "secateur.runtime.deploy",
+    "export": "secateur.export.targets",
     "finetune": "secateur.train.finetune",
     "gradual": "secateur.train.gradual",
     "hold": "secateur.train.hold",
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from secateur.errors import SecateurError as SecateurError
     from secateur.export.artifact import load as load
     from secateur.export.artifact import save as save
+    from secateur.export.targets import export as export
     from secateur.measure.measure import measure as measure
     from secateur.measure.scan import scan as scan
     from secateur.models import load_model as load_model

@@ -150,7 +150,7 @@ def _check(manifest: Manifest) -> None:
     for name in manifest.files:
         check_file_name(name)
     if (WEIGHTS in manifest.files) == (PACKED in manifest.files):
-        raise ArtifactError(f"{NAME} must list {WEIGHTS} or {PACKED}, and not both")
+        raise ArtifactError(f"{NAME} lists no {WEIGHTS} and no {PACKED}, or both of them")
     for name, entry in manifest.tensors.items():
         if entry.dtype not in TORCH_DTYPES:
             raise ArtifactError(f"{NAME}: the tensor {name[:200]!r} has the unknown dtype {entry.dtype[:40]!r}")
