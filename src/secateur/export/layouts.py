@@ -50,11 +50,16 @@ def write_compressed_tensors(model: nn.Module, folder: Path) -> str:
             parts.extend(_part(k, t) for k, t in made.items())
     write(folder / "model.safetensors", parts)
     dense = [n.removesuffix(".weight") for n in linear if n not in sparse]
+    zeros, total = (sum(count(tensors[n]) for n in sparse) for count in (lambda t: int((t == 0).sum()), torch.numel))
     config: dict[str, Any] = {
-        "format": name, "sparsity_structure": _FORMATS[name], "targets": ["Linear"], "ignore": dense, "registry_requires_subclass": False,
-        "global_sparsity": float(sum((tensors[n] == 0).sum() for n in sparse) / sum(tensors[n].numel() for n in sparse)),
-    }  # fmt: skip
-    own = getattr(model, "config", None)
+        "format": name,
+        "sparsity_structure": _FORMATS[name],
+        "global_sparsity": zeros / total,
+        "targets": ["Linear"],
+        "ignore": dense,
+        "registry_requires_subclass": False,
+    }
+    own: Any = getattr(model, "config", None)
     base = own.to_dict() if hasattr(own, "to_dict") else {}
     base["quantization_config"] = {"quant_method": "compressed-tensors", "sparsity_config": config}
     (folder / CONFIG).write_text(json.dumps(base, indent=1, default=str), encoding="utf-8")
@@ -78,9 +83,8 @@ def is_compressed_tensors(folder: Path) -> bool:
     """Whether a directory holds a checkpoint in one of the layouts."""
     try:
         with Container.open(folder / "model.safetensors") as file:
-            return any(
-                k.removesuffix(".bitmask") + ".compressed" in file.entries for k in file.entries if k.endswith(".bitmask")
-            )
+            masks = [k.removesuffix(".bitmask") for k in file.entries if k.endswith(".bitmask")]
+            return any(f"{stem}.compressed" in file.entries for stem in masks)
     except ArtifactError:
         return False
 

@@ -92,7 +92,7 @@ def _difference(expected: Sequence[Tensor], got: Sequence[Tensor], what: str) ->
         raise ExportError(f"the exported {what} puts out {shapes[1]}, the model {shapes[0]}")
     worst = 0.0
     for one, other in zip(expected, got, strict=True):
-        size = float(one.double().abs().max()) if one.numel() else 0.0
-        change = float((one.double() - other.double()).abs().max()) if one.numel() else 0.0
+        size = float(one.detach().double().abs().max()) if one.numel() else 0.0
+        change = float((one.detach().double() - other.detach().double()).abs().max()) if one.numel() else 0.0
         worst = max(worst, change / size if size else change) if change == change else float("nan")
     return worst

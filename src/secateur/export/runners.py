@@ -49,9 +49,7 @@ def to_onnx(model: nn.Module, example: Example, path: Path, *, opset: int = OPSE
     size = sum(t.numel() * t.element_size() for t in model.state_dict().values())
     try:
         with quiet():
-            made = torch.onnx.export(
-                program, dynamo=True, opset_version=opset, verbose=False, external_data=size > _SINGLE_FILE
-            )
+            made = torch.onnx.export(program, dynamo=True, opset_version=opset, verbose=False)
     except torch.onnx.OnnxExporterError as error:
         raise ExportError(_operator("ONNX", error)) from error
     assert made is not None
@@ -154,9 +152,15 @@ def run_executorch(path: Path) -> Runner:
     need("executorch.runtime", "executorch", "running an ExecuTorch program")
     from executorch.runtime import Runtime
 
-    method = Runtime.get().load_program(path.read_bytes()).load_method("forward")
-    assert method is not None
-    return lambda args, kwargs: _tensors([t.clone() for t in method.execute([*args, *kwargs.values()])])
+    program = Runtime.get().load_program(path.read_bytes())
+    method = program.load_method("forward")
+
+    def run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+        assert program is not None  # the method reads its memory
+        assert method is not None
+        return [t.clone() for t in method.execute([t.contiguous() for t in _tensors((args, kwargs))])]
+
+    return run
 
 
 def _inputs(names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:

@@ -52,7 +52,8 @@ def export(
         model: left untouched; exported in evaluation mode.
         path: a file (onnx, torch, executorch, safetensors) or a directory (openvino, tensorrt, hf, compressed-tensors, csr).
         to: the format; told by the suffix of `path` where it is not given.
-        example: a batch to trace with, for all formats that run. Batches may then be of any size; token sequences of any length.
+        example: a batch to trace with, for all formats that run. Batches may then be of any size, token sequences of any
+            length.
         int8: calibration batches. For onnx and tensorrt: Q/DQ nodes, per channel, zeros stay zero. The outputs then differ by
             more than rounding, so the difference is said and not judged.
         opset: of ONNX.
