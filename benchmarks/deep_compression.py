@@ -336,8 +336,8 @@ def page(rows: dict[str, Row]) -> list[str]:
     lines = [
         "# Deep Compression", "",
         "Whole packed files against all parameters and buffers in float32. LeNets: error in percent on the 10,000 test images; "
-        "the number after the colon is the seed. EfficientNet-Lite0: top-1 of the 500 odd images, by the normalisation named (the "
-        "weights were trained with `own`). MiniLM: Spearman on the STS-B test pairs.", "",
+        "the number after the colon is the seed. EfficientNet-Lite0: top-1 of the 500 odd images, by the normalisation named "
+        "(the weights were trained with `own`). MiniLM: Spearman on the STS-B test pairs.", "",
         *sizes_table(rows), "", "## Where the bits went", "", *bits_table(rows), "",
         "The bound of positions is the logarithm of the number of masks with as many ones in each layer; of values, the "
         "order-0 entropy of the codes, without their tables. Below 1: rows and columns differ, and the coder learns it.", "",

@@ -17,8 +17,8 @@ def command(
     path: Annotated[
         Path,
         typer.Argument(
-            help="An artifact, a .safetensors, .packed, .onnx or .npz file, a Hugging Face, OpenVINO or other exported directory,"
-            " or a .pt state dict.",
+            help="An artifact, a .safetensors, .packed, .onnx or .npz file, a Hugging Face or exported directory, or a"
+            " .pt state dict.",
             show_default=False,
         ),
     ],

@@ -31,7 +31,8 @@ class Inspection:
     """What `inspect` found: every tensor in the checkpoint's order, and the sums."""
 
     path: str
-    kind: str  #: "artifact", "packed", "safetensors", "sharded safetensors", "compressed-tensors", "csr", "onnx", "openvino", "torch"
+    #: "artifact", "packed", "safetensors", "sharded safetensors", "compressed-tensors", "csr", "onnx", "openvino" or "torch"
+    kind: str
     bytes_disk: int  #: of the files that hold the tensors
     aliases: Mapping[str, str]  #: further name of a tied tensor -> name
     tensors: tuple[TensorInfo, ...]
@@ -97,8 +98,8 @@ def inspect(path: str | os.PathLike[str]) -> Inspection:
     """Look at every tensor of a checkpoint, one at a time.
 
     `path` is an artifact directory, a ``.safetensors`` file, a Hugging Face directory (one file or shards with their
-    index), what `sc.export` writes (ONNX, OpenVINO, CSR, compressed-tensors), a packed file, or a state dict saved by torch (``.pt``, ``.pth``, ``.bin``, ``.ckpt``; read with ``weights_only=True``, so that
-    no code in it runs). Raises ArtifactError for anything else and for files that are damaged.
+    index), what `sc.export` writes (ONNX, OpenVINO, CSR, compressed-tensors), a packed file, or a state dict saved by torch
+    (``.pt``, ``.pth``, ``.bin``, ``.ckpt``; read with ``weights_only=True``, so that no code in it runs). Raises ArtifactError for anything else and for files that are damaged.
 
     >>> inspect("runs/first").sparsity            # doctest: +SKIP
     0.9
