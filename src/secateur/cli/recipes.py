@@ -24,7 +24,7 @@ def recipe_of(
     from secateur.recipe import Recipe
 
     base = Recipe.make(file)
-    given = {k: v for k, v in changes.items() if v not in (None, [], False)}
+    given = {k: piece(v) for k, v in changes.items() if v not in (None, [], False)}
     tuning = {k: v for k, v in (("epochs", finetune), ("lr", lr), ("optimizer", optimizer)) if v is not None}
     if tuning:
         if finetune is None and base.finetune is None:
@@ -33,6 +33,16 @@ def recipe_of(
     if compress is not None:
         given["compress"] = {**(base.compress.model_dump(exclude_unset=True) if base.compress else {}), "bits": compress}
     return Recipe.make(base, **given)
+
+
+def piece(value: Any) -> Any:
+    """``"channel?round_to=8"`` -> ``{"name": "channel", "round_to": 8}``; all else as it is."""
+    if not isinstance(value, str) or "?" not in value:
+        return value
+    from secateur.sources import parse_options
+
+    name, _, options = value.partition("?")
+    return {"name": name, **parse_options(options, value, RecipeError)}
 
 
 def listed(text: str | None) -> list[str]:

@@ -99,7 +99,8 @@ def inspect(path: str | os.PathLike[str]) -> Inspection:
 
     `path` is an artifact directory, a ``.safetensors`` file, a Hugging Face directory (one file or shards with their
     index), what `sc.export` writes (ONNX, OpenVINO, CSR, compressed-tensors), a packed file, or a state dict saved by torch
-    (``.pt``, ``.pth``, ``.bin``, ``.ckpt``; read with ``weights_only=True``, so that no code in it runs). Raises ArtifactError for anything else and for files that are damaged.
+    (``.pt``, ``.pth``, ``.bin``, ``.ckpt``; read with ``weights_only=True``, so that no code in it runs). Raises
+    ArtifactError for anything else and for files that are damaged.
 
     >>> inspect("runs/first").sparsity            # doctest: +SKIP
     0.9
