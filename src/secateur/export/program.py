@@ -16,7 +16,7 @@ from secateur.errors import ExportError
 from secateur.export.parity import Example
 from secateur.measure.modes import evaluating
 
-MOST = 1024  #: samples in a batch, and 8 times as many tokens in a sample, for formats that plan their memory
+MOST = 1024  #: samples in a batch, for formats that plan their memory
 
 
 def traced(model: nn.Module, example: Example) -> Any:
@@ -25,13 +25,13 @@ def traced(model: nn.Module, example: Example) -> Any:
     Tokens are integers ``[batch, positions]``. Raises ExportError where the model's Python cannot be followed.
     """
     two = example.resized(2)  # 1 would be taken for a constant
-    batch, tokens = Dim("batch", min=1, max=MOST), Dim("tokens", min=2, max=8 * MOST)
+    batch = Dim("batch", min=1, max=MOST)
 
     def free(value: Any) -> Any:
         if not isinstance(value, Tensor):
             return None
         sequence = value.dim() == 2 and not value.is_floating_point() and bool(example.kwargs)
-        return {0: batch, 1: tokens} if sequence else {0: batch}
+        return {0: batch, 1: Dim.DYNAMIC} if sequence else {0: batch}  # as long as the model says
 
     shapes: Any = {k: free(v) for k, v in two.kwargs.items()} if two.kwargs else tuple(free(v) for v in two.args)
     try:
