@@ -1,7 +1,7 @@
 """Real networks through every exporter: how far outputs are from the model's at batch 1, 2 and 7, relative, after a reload.
 
-    python benchmarks/exporting.py rows.json --models minilm,efficientnet_lite0 --formats onnx,openvino,torch
-    python benchmarks/exporting.py rows.json --out docs/benchmarks/exporting.md
+python benchmarks/exporting.py rows.json --models minilm,efficientnet_lite0 --formats onnx,openvino,torch
+python benchmarks/exporting.py rows.json --out docs/benchmarks/exporting.md
 """
 
 from __future__ import annotations
