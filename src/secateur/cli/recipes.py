@@ -18,6 +18,8 @@ def recipe_of(
     lr: float | None = None,
     optimizer: str | None = None,
     compress: float | None = None,
+    slimming: int | None = None,
+    slimming_strength: float | None = None,
     **changes: Any,
 ) -> Recipe:
     """The recipe in `file`, if any, with the options that were given laid over it."""
@@ -32,6 +34,9 @@ def recipe_of(
         given["finetune"] = {**(base.finetune.model_dump(exclude_unset=True) if base.finetune else {}), **tuning}
     if compress is not None:
         given["compress"] = {**(base.compress.model_dump(exclude_unset=True) if base.compress else {}), "bits": compress}
+    slim = {k: v for k, v in (("epochs", slimming), ("strength", slimming_strength)) if v is not None}
+    if slim:
+        given["slimming"] = {**(base.slimming.model_dump(exclude_unset=True) if base.slimming else {}), **slim}
     return Recipe.make(base, **given)
 
 
