@@ -95,7 +95,10 @@ def score_units(
     for group in seen:
         if not torch.isfinite(scores[group.id]).all():
             raise NonFiniteError(non_finite_message(f"the scores of {group.name!r} by {entry.name!r}", scores[group.id]))
-    return Scored(seen, {g.id: normalized(scores[g.id], units.normalize) for g in seen}, notes)
+    how = units.normalize
+    if how == "auto":
+        how = "mean" if recipe.allocation == "global" and not entry.facts.get("comparable") else "none"
+    return Scored(seen, {g.id: normalized(scores[g.id], how) for g in seen}, notes)
 
 
 def forced_units(model: nn.Module, groups: Iterable[Group], force: Sequence[str]) -> dict[int, list[int]]:

@@ -11,12 +11,13 @@ from secateur.types import UnitStats
 @unit_criterion(
     "bn_scale",
     on="norms",
+    comparable=True,
     source="Liu et al. 2017, Learning Efficient Convolutional Networks through Network Slimming, section 3",
 )
 def bn_scale(units: UnitStats) -> Tensor:
     """``|gamma|`` of the normalisation that a channel goes through, the mean where a unit has several channels.
 
-    Meant for networks that were trained with `sc.slimming`, which drives the scales of dispensable channels to zero, and for
+    Meant for networks that were trained with `finetune(slimming=...)`, which drives the scales of dispensable channels to zero, and for
     the allocation ``global``: the percentile over all scales that the paper takes.
     """
     return units.weight.abs().mean(1)

@@ -38,17 +38,20 @@ def criterion(name: str, *, needs: Collection[Need], source: str, reduction: str
     return register  # type: ignore[return-value]
 
 
-def unit_criterion(name: str, *, on: On, source: str, needs: Collection[UnitNeed] = ()) -> Callable[[F], F]:
+def unit_criterion(
+    name: str, *, on: On, source: str, needs: Collection[UnitNeed] = (), comparable: bool = False
+) -> Callable[[F], F]:
     """File under `name` a criterion of scores that only whole units have, for patterns that cut units out.
 
     Of every group of coupled units it is given, one after the other, the tensors that `on` names: ``outputs`` are weights of
     layers whose outputs the units are, ``inputs`` those of layers that read them, ``norms`` the scales of normalisations that
     they go through. What it returns for several tensors of a group is combined as the pattern says, by default averaged.
     ``blocks`` are whole residual blocks, for the pattern ``layer``. `needs` are the statistics that it reads from `UnitStats`.
+    `comparable` says that a ranking over all layers takes the scores as they are, where others are divided by their means.
 
         @unit_criterion("fan_out", on="inputs", source="an example")
         def fan_out(units: UnitStats) -> Tensor:
             '''L2 norm of the weights that read a unit.'''
             return units.weight.norm(dim=1)
     """
-    return UNIT_CRITERIA.register(name, source=source, needs=frozenset(needs), on=on)  # type: ignore[return-value]
+    return UNIT_CRITERIA.register(name, source=source, needs=frozenset(needs), on=on, comparable=comparable)  # type: ignore[return-value]

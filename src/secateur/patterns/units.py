@@ -9,7 +9,7 @@ from secateur.errors import RecipeError
 #: How the tensors that a unit has slices in make its score.
 COMBINE = ("together", "sum", "mean", "max", "first")
 #: By what the scores of a group are divided.
-NORMALIZE = ("none", "mean", "max")
+NORMALIZE = ("auto", "none", "mean", "max")
 
 
 @dataclass(frozen=True)
@@ -18,9 +18,10 @@ class Units:
 
     A unit has slices in several tensors. `combine` says how they make its score: ``together`` folds all of them as one long
     slice; ``sum``, ``mean`` and ``max`` are over the scores of each tensor's slice, ``first`` takes that of the layer that
-    makes the unit. (Criteria of whole units give a score for each tensor: ``together`` is their mean.) `normalize` divides the
-    scores of a group by their ``mean`` or ``max``, so that groups compete on equal terms under the allocations global and
-    isomorphic.
+    makes the unit. (Criteria of whole units give a score for each tensor: ``together`` is their mean.)
+    `normalize` divides the scores of a group by their ``mean`` or ``max``, so that groups compete on equal terms, or leaves them
+    as they are (``none``). By default (``auto``) it is the mean under the allocation global, but for criteria that are made
+    to be compared between layers, as the scales of Network Slimming are, and nothing else.
     """
 
     name: str
@@ -28,7 +29,7 @@ class Units:
     round_to: int = 1
     min_width: int = 1
     combine: str = "together"
-    normalize: str = "none"
+    normalize: str = "auto"
 
     @property
     def whole_blocks(self) -> bool:
@@ -44,12 +45,12 @@ class Units:
                 raise RecipeError(f"pattern {self.name!r}: {what} is one of {', '.join(known)}; got {given!r}")
 
 
-def channel(*, round_to: int = 1, min_width: int = 1, combine: str = "together", normalize: str = "none") -> Units:
+def channel(*, round_to: int = 1, min_width: int = 1, combine: str = "together", normalize: str = "auto") -> Units:
     """Channels of convolutions and neurons of linear layers, cut out with all that depends on them: a smaller dense model."""
     return Units("channel", ("channel", "neuron"), round_to, min_width, combine, normalize)
 
 
-def ffn(*, round_to: int = 1, min_width: int = 1, combine: str = "together", normalize: str = "none") -> Units:
+def ffn(*, round_to: int = 1, min_width: int = 1, combine: str = "together", normalize: str = "auto") -> Units:
     """Feed-forward neurons, cut out: features between linear layers, as in the MLPs of transformers. Convolutions stay.
 
     The pattern ``neuron`` only masks them, which holds in any training loop but leaves the layer as wide as it was.
@@ -57,17 +58,17 @@ def ffn(*, round_to: int = 1, min_width: int = 1, combine: str = "together", nor
     return Units("ffn", ("neuron",), round_to, min_width, combine, normalize)
 
 
-def head(*, min_width: int = 1, combine: str = "together", normalize: str = "none") -> Units:
+def head(*, min_width: int = 1, combine: str = "together", normalize: str = "auto") -> Units:
     """Attention heads, with their share of the projections (and grouped-query heads with their key and value)."""
     return Units("head", ("head",), 1, min_width, combine, normalize)
 
 
-def head_dim(*, round_to: int = 1, min_width: int = 1, combine: str = "together", normalize: str = "none") -> Units:
+def head_dim(*, round_to: int = 1, min_width: int = 1, combine: str = "together", normalize: str = "auto") -> Units:
     """Dimensions inside attention heads, the same number in each head."""
     return Units("head_dim", ("head_dim",), round_to, min_width, combine, normalize)
 
 
-def width(*, round_to: int = 1, min_width: int = 1, combine: str = "together", normalize: str = "none") -> Units:
+def width(*, round_to: int = 1, min_width: int = 1, combine: str = "together", normalize: str = "auto") -> Units:
     """Features of the residual stream, through the whole network."""
     return Units("width", ("width",), round_to, min_width, combine, normalize)
 
