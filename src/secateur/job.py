@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 
-from torch import Tensor, nn
+from torch import nn
 
 from secateur.data.batches import Batch, Batches, Loss
 from secateur.errors import RecipeError
@@ -16,7 +16,8 @@ from secateur.schedules import make_schedule
 from secateur.selection import Method, prunable, resolve, target_sparsity
 from secateur.stats import Calibration, collect
 from secateur.stats.blocks import grams_in_turn
-from secateur.types import Need, Schedule
+from secateur.stats.samples import layers_in_turn
+from secateur.types import LayerStats, Need, Schedule
 
 
 @dataclass(frozen=True)
@@ -51,11 +52,34 @@ class Job:
             example=self.example,
         )
 
-    def grams(self, model: nn.Module, done: Collection[str] = ()) -> Iterator[dict[str, Tensor]] | None:
-        """What the method's solver needs to know, by `grams_in_turn` without the layers `done`; None where it needs nothing."""
-        if Need.GRAM not in self.method.solver_needs or self.batches is None:
+    def known(
+        self, model: nn.Module, stats: Mapping[str, LayerStats], done: Collection[str] = ()
+    ) -> Iterator[dict[str, LayerStats]] | None:
+        """`stats` with what the method's solver needs, a few layers at a time, without the layers `done`.
+
+        Gram matrices come by `grams_in_turn`, sample gradients by `layers_in_turn`. None where the solver needs nothing.
+        """
+        if self.batches is None or not self.method.solver_needs:
             return None
-        return grams_in_turn(model, self.layers, self.batches, seed=self.recipe.seed, done=done)
+        if Need.GRAM in self.method.solver_needs:
+            return self._grams(model, self.batches, stats, done)
+        return self._gradients(model, self.batches, stats, done)
+
+    def _grams(
+        self, model: nn.Module, batches: Batches, stats: Mapping[str, LayerStats], done: Collection[str]
+    ) -> Iterator[dict[str, LayerStats]]:
+        for part in grams_in_turn(model, self.layers, batches, seed=self.recipe.seed, done=done):
+            yield {name: replace(stats[name], gram=gram) for name, gram in part.items()}
+
+    def _gradients(
+        self, model: nn.Module, batches: Batches, stats: Mapping[str, LayerStats], done: Collection[str]
+    ) -> Iterator[dict[str, LayerStats]]:
+        for part in layers_in_turn(self.layers, batches, done):
+            found = collect(model, part, {Need.GRAD_SAMPLES}, batches=batches, loss=self.loss, seed=self.recipe.seed).layers
+            yield {
+                name: replace(stats[name], grad_samples=one.grad_samples, row_samples=one.row_samples)
+                for name, one in found.items()
+            }
 
 
 def prepare(
