@@ -5,8 +5,8 @@
     python benchmarks/calibrated.py smollm2 --solvers magnitude sparsegpt alps --settings 0.5 2:4
 
 Needs the packages of examples/minilm.py and examples/smollm2.py, and the data that SECATEUR_ASSETS names. Calibration takes
-validation text only, figures test data only. Every row is printed as soon as it is known, and kept in the file that ``--cache`` names: a run
-that is stopped goes on where it was.
+validation text only, figures test data only. Every row is printed as soon as it is known, and kept in the file that
+``--cache`` names: a run that is stopped goes on where it was.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def perplexity(batches: list[torch.Tensor]) -> Callable[[nn.Module], dict[str, f
 
 
 def minilm(samples: int, sentences: bool) -> tuple[nn.Module, list[Any], Any, tuple[str, ...]]:
-    """With `sentences`, so many single ones from all over the text, short first; otherwise its first lines, a paragraph each."""
+    """`samples` lines from the start of the text, a paragraph each; with `sentences`, single ones from all over it."""
     import minilm as example
 
     loaded = example.make()

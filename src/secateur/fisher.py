@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def fisher_blocks(rows: Tensor, block: int, damp: float) -> Tensor:
-    """``[blocks, block, block]`` of rows ``[n, p]``, damped by `damp` times the layer's mean diagonal; p is filled up with ones.
+    """``[blocks, block, block]`` of rows ``[n, p]``, damped by `damp` times the mean diagonal; p is filled up with ones.
 
     Where every gradient is zero the result is the identity, which ranks weights by magnitude.
 

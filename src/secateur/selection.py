@@ -208,8 +208,8 @@ def solve(
 ) -> Solved:
     """As `choose`, and the solver writes the surviving weights into the model the layers belong to.
 
-    `known` gives `stats` with what the solver needs, a few layers at a time, and is asked for the next ones after the weights of
-    these were written; the layers are solved in that order, and without it `stats` has to have all. `so_far` holds what
+    `known` gives `stats` with what the solver needs, a few layers at a time, and is asked for the next ones after the weights
+    of these were written; the layers are solved in that order, and without it `stats` has to have all. `so_far` holds what
     an earlier, stopped run solved, and is told of every layer.
     """
     scores = Scores(layers, stats, method, previous)

@@ -45,10 +45,10 @@ class LayerStats:
     """What is known of one layer's weight when it is scored.
 
     All tensors are float32 and in canonical orientation: ``[out, in, *kernel]`` whatever the module stores. `input_norm`
-    broadcasts against the weight. `grad_samples` is ``[rows, *shape of the weight]``: mean gradients of groups of `row_samples`
-    samples times the root of that number. `gram` is ``[groups, in * kernel, in * kernel]``: the inputs of the g-th equal share of the
-    outputs; layers that share their input share the tensor. A statistic that nobody collected is None, and `need` turns
-    that into an error.
+    broadcasts against the weight. `grad_samples` is ``[rows, *shape of the weight]``: mean gradients of groups of
+    `row_samples` samples times the root of that number. `gram` is ``[groups, in * kernel, in * kernel]``: the inputs of the
+    g-th equal share of the outputs; layers that share their input share the tensor. A statistic that nobody collected is
+    None, and `need` turns that into an error.
     """
 
     name: str

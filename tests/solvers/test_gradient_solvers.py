@@ -210,7 +210,7 @@ def test_prune_repairs_with_gradients_alike_in_one_part_and_layer_by_layer(solve
             p.data -= 0.5 * g
 
     def lost(pruned: nn.Module) -> float:
-        return float(nn.functional.cross_entropy(pruned(data[0][0]), data[0][1]))
+        return float(nn.functional.cross_entropy(pruned(data[0][0]).detach(), data[0][1]))
 
     kept = sc.prune(model, sparsity=0.4, data=data[:1])
     result = sc.prune(model, sparsity=0.4, solver=solver, data=data[:1])

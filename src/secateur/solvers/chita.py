@@ -26,17 +26,17 @@ def chita(
     first_order: float = 0.0,
     iterations: int = 20,
 ) -> Solution:
-    """Minimises ``|A (w - w0)|^2 / 2n + g^T (w - w0) + l |w - w0|^2 / 2`` with as many weights as asked for.
+    """Minimises ``|A (w - w0)|^2 / 2n + f g^T (w - w0) + l |w - w0|^2 / 2`` with as many weights as asked for.
 
-    The rows of A are n gradients of the calibration loss, of samples or of small groups of them, and l is `damp` times the mean
-    diagonal of ``A^T A / n``. `g` is the mean gradient, with `first_order`, and 0 without: a network at its optimum has none, and
-    that of a few samples misleads. In many steps, whose gradients are taken anew, it is what carries the network on (CHITA++):
-    ``solver = {name = "chita", first_order = true}``, ``schedule = "cubic"``, ``steps = 16`` or more.
+    The rows of A are n gradients of the calibration loss, of samples or of small groups of them, and l is `damp` times the
+    mean diagonal of ``A^T A / n``. `g` is the mean gradient and f is `first_order`: 0 by default, as a network at its
+    optimum has no gradient and that of a few samples misleads. In many steps, whose gradients are taken anew after each,
+    this is what the paper calls CHITA++: ``schedule = {name = "cubic", initial = 0.3}`` and ``steps = 16`` or more.
 
-    The support is searched by ADMM from the largest weights, with the penalty in five steps from .3 to 1.5 of the mean diagonal;
-    the weights on it are then exact. All goes through matrices ``[n, n]`` by Woodbury's identity. The paper searches by
-    hard thresholding with a line search, which seldom leaves the support it starts from; and it takes the whole network as one
-    block where we take each layer.
+    The support is searched by ADMM from the largest weights, with the penalty in five steps from .3 to 1.5 of the mean
+    diagonal; the weights on it are then exact. All goes through matrices ``[n, n]`` by Woodbury's identity. The paper
+    searches by hard thresholding with a line search, which seldom leaves the support it starts from, and takes small
+    networks as one block where we take each layer.
 
     Source: Benbaki et al. 2023, Fast as CHITA, eq. 4 and 6 (the problem), eq. 9 (weights on a support), section 3.3 (stages).
     """
@@ -103,7 +103,7 @@ class _Problem:
         factor = _factor((kept @ kept.t()).double(), self.ridge)
         values = torch.zeros_like(self.start)
         values[mask] = self.start[mask] + kept.t() @ _solve(factor, residual)
-        whole = torch.zeros_like(self._removed)
+        whole: BoolTensor = torch.zeros_like(self._removed)  # type: ignore[assignment]
         whole.view(-1)[self._alive] = mask
         return Solution(whole, self._whole(values))
 
