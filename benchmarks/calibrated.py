@@ -39,7 +39,7 @@ METHODS = {
     "alps": {"criterion": "magnitude", "solver": "alps"},
 }
 #: What stands for the dense model's measurement, which is known: STS-B .8205, perplexity 25.61.
-NOTHING = Measurement(parameters=0, nonzeros=0)
+NOTHING = Measurement(parameters=0, nonzeros=0, bytes_memory=0)
 SETTINGS = ("0.5", "0.6", "0.7", "0.8", "2:4", "4:8")
 
 

@@ -7,17 +7,19 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
+from secateur.budgets.amount import Amount, parse_budget
 from secateur.data.batches import Batch, Batches, Loss
 from secateur.errors import RecipeError
 from secateur.layers import Layer
 from secateur.recipe import Recipe
 from secateur.registry import name_of
 from secateur.schedules import make_schedule
-from secateur.selection import Method, prunable, resolve, target_sparsity
+from secateur.selection import Method, Scores, prunable, resolve, target_sparsity
+from secateur.solvers.curve import error_curve
 from secateur.stats import Calibration, collect
 from secateur.stats.blocks import grams_in_turn
 from secateur.stats.samples import layers_in_turn
-from secateur.types import LayerStats, Need, Schedule
+from secateur.types import LayerStats, Need, Pattern, Schedule
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class Job:
     train: Batches | None
     loss: Loss | None
     example: Batch | None
+    train_loss: Loss | None = None  #: of the fine-tuning, where it is another than `loss`
 
     @property
     def pattern_name(self) -> str:
@@ -42,7 +45,7 @@ class Job:
 
     def statistics(self, model: nn.Module) -> Calibration:
         """What the method's criterion needs to know of `model`, of which `layers` must be."""
-        return collect(
+        found = collect(
             model,
             self.layers,
             self.method.needs,
@@ -51,6 +54,19 @@ class Job:
             seed=self.recipe.seed,
             example=self.example,
         )
+        return replace(found, layers=self._with_curves(model, found.layers)) if self.method.curves else found
+
+    def _with_curves(self, model: nn.Module, stats: dict[str, LayerStats]) -> dict[str, LayerStats]:
+        """`stats` with the error curve of every layer, from Gram matrices of the model as it is."""
+        assert self.batches is not None
+        scores = Scores(self.layers, stats, self.method)
+        curves: dict[str, LayerStats] = {}
+        for part in grams_in_turn(model, self.layers, self.batches, seed=self.recipe.seed):
+            for name, gram in part.items():
+                known = replace(stats[name], gram=gram)
+                curve = error_curve(known.weight, scores[name].scores, self.method.pattern, known)
+                curves[name] = replace(stats[name], curve=curve)
+        return {name: curves[name] for name in stats}
 
     def known(
         self, model: nn.Module, stats: Mapping[str, LayerStats], done: Collection[str] = ()
@@ -107,14 +123,38 @@ def prepare(
         reduction=recipe.reduction,
         solver=recipe.solver,
     )
-    sparsity = target_sparsity(recipe.sparsity, method.pattern)
+    if recipe.budget is None:
+        sparsity = target_sparsity(recipe.sparsity, method.pattern)
+    else:
+        check_budget(parse_budget(recipe.budget), method.pattern)
+        sparsity = 0.0  # until the scores are there, by `budgets.masked.within_budget`
     layers, skipped = prunable(model, method.pattern, layers=recipe.layers, ignore=recipe.ignore)
     batches = None if data is None else Batches(data)
     training = batches if train is None else Batches(train)
-    check_data(recipe, method.criterion_name, method.needs | method.solver_needs, batches, training)
+    check_data(
+        recipe,
+        method.criterion_name,
+        method.needs | method.solver_needs | ({Need.GRAM} if method.curves else set()),
+        batches,
+        training,
+    )
     if example is None and batches is not None:
         example = next(iter(batches))
     return Job(recipe, method, sparsity, _schedule(recipe), layers, skipped, batches, training, loss, example)
+
+
+def check_budget(amount: Amount, pattern: Pattern) -> None:
+    """Raise RecipeError where masks of this pattern cannot keep to such a budget."""
+    if pattern.sparsity is not None:
+        raise RecipeError(
+            f"pattern {pattern.name} removes exactly {pattern.sparsity:g} of the weights, so the budget {amount.text!r} has "
+            "nothing to decide. Leave it out."
+        )
+    if amount.unit not in ("params", "MACs"):
+        raise RecipeError(
+            f"pattern {pattern.name!r} sets weights to zero, which take as much memory and time as others: the budget "
+            f"{amount.text!r} is for patterns that cut units (channel, head, ...). Here params and MACs count what is not zero."
+        )
 
 
 def check_data(recipe: Recipe, criterion: str, needs: Collection[Need], batches: Batches | None, train: Batches | None) -> None:

@@ -35,6 +35,7 @@ class Method:
     pattern: Pattern
     allocation: Callable[[Mapping[str, UnitScores], float], Mapping[str, IntTensor]]
     solver: Callable[..., Solution]
+    curves: bool = False  #: whether the allocation looks at the error curve of every layer
 
 
 def resolve(
@@ -65,7 +66,7 @@ def resolve(
     if reduction not in REDUCTIONS:
         reduce(torch.zeros(1, 1, 1), reduction)
     needs = frozenset(facts["needs"]), frozenset(SOLVERS[solver_name].facts["needs"])
-    return Method(score, criterion_name, *needs, reduction, made, allocate, solve)
+    return Method(score, criterion_name, *needs, reduction, made, allocate, solve, "curves" in ALLOCATIONS[name].facts)
 
 
 def target_sparsity(sparsity: object, pattern: Pattern) -> float:
@@ -143,7 +144,7 @@ class Scores(Mapping[str, UnitScores]):
         shape = self._layers[name].shape
         folded = self._method.pattern.fold(torch.empty(shape, device="meta"))
         groups, units, elements = folded.shape
-        return UnitScores(name, shape, groups, units, elements, functools.partial(self._compute, name))
+        return UnitScores(name, shape, groups, units, elements, functools.partial(self._compute, name), self._stats[name].curve)
 
     @torch.no_grad()
     def _compute(self, name: str) -> Tensor:

@@ -98,7 +98,7 @@ def collect(
             samples=samples,
             seed=_mix(seed, name),
             row_samples=row_samples,
-            **{need.value: tensors[name] for need, tensors in found.items()},
+            **{need.value: tensors[name] for need, tensors in found.items()},  # type: ignore[arg-type]
         )
         for name, layer in layers.items()
     }
