@@ -15,7 +15,7 @@ from secateur.recipe import Recipe
 from secateur.registry import name_of
 from secateur.schedules import make_schedule
 from secateur.selection import Method, Scores, prunable, resolve, target_sparsity
-from secateur.solvers.curve import error_curve
+from secateur.solvers import error_curve
 from secateur.stats import Calibration, collect
 from secateur.stats.blocks import grams_in_turn
 from secateur.stats.samples import layers_in_turn

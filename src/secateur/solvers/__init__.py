@@ -8,6 +8,7 @@ from secateur.registry import Registry
 from secateur.solvers.admm import admm
 from secateur.solvers.alps import alps
 from secateur.solvers.chita import chita
+from secateur.solvers.curve import error_curve
 from secateur.solvers.keep import keep
 from secateur.solvers.least_squares import least_squares
 from secateur.solvers.obc import obc
@@ -30,4 +31,4 @@ SOLVERS.register(
 )(woodfisher)
 SOLVERS.register("chita", source="Benbaki et al. 2023, Fast as CHITA, eq. 4, 6 and 9", needs=_GRADIENTS)(chita)
 
-__all__ = ["SOLVERS"]
+__all__ = ["SOLVERS", "error_curve"]
