@@ -96,7 +96,8 @@ def test_concrete_pieces_are_found_through_their_registry_only(path):
                 "Units",
                 "criterion",
                 "Criterion",
-                "error_curve",
+                "UNIT_CRITERIA",
+                "unit_criterion",
             }
             allowed |= {REGISTRIES[words[1]], "registry", "error_curve"}
             assert set(words) <= allowed, f"{path.name} names the concrete piece {name}"
