@@ -17,9 +17,7 @@ ALLOCATIONS.register("uniform", source="Zhu and Gupta 2017, To prune, or not to 
 ALLOCATIONS.register("global", source="Han et al. 2015; Lee et al. 2019, SNIP, eq. 6")(globally)
 ALLOCATIONS.register("erk", source="Evci et al. 2020, Rigging the Lottery, section 3 (after Mocanu et al. 2018)")(erk)
 ALLOCATIONS.register("lamp", source="Lee et al. 2021, Layer-adaptive Sparsity for the Magnitude-based Pruning, eq. 3")(lamp)
-ALLOCATIONS.register("owl", source="Yin et al. 2024, Outlier Weighed Layerwise Sparsity (OWL), section 3.3")(owl)
-ALLOCATIONS.register("dynamic", source="Frantar and Alistarh 2022, SPDY, section 3.1 (the dynamic program)", curves=True)(
-    dynamic
-)
+ALLOCATIONS.register("owl", source="Yin et al. 2024, Outlier Weighed Layerwise Sparsity (OWL)")(owl)
+ALLOCATIONS.register("dynamic", source="Frantar and Alistarh 2022, SPDY (the dynamic program)", curves=True)(dynamic)
 
 __all__ = ["ALLOCATIONS"]

@@ -14,7 +14,7 @@ from secateur.types import LayerStats, Need
 @criterion(
     "woodfisher",
     needs={Need.GRAD_SAMPLES},
-    source="Singh and Alistarh 2020, WoodFisher, eq. 9; Kurtic et al. 2022, oBERT, eq. 6 (Hassibi and Stork 1993)",
+    source="Singh and Alistarh 2020, WoodFisher; Kurtic et al. 2022, The Optimal BERT Surgeon (Hassibi and Stork 1993, eq. 5)",
 )
 def woodfisher(layer: LayerStats, *, block: int = 50, damp: float = 0.1) -> Tensor:
     """``w_q^2 / (2 [F^-1]_qq)``: what removing the weight costs once the others of its block have made up for it.

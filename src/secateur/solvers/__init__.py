@@ -27,8 +27,10 @@ SOLVERS.register("obc", source="Frantar, Singh and Alistarh 2022, Optimal Brain 
 SOLVERS.register("admm", source="Boza 2024, Fast and Effective Weight Update for Pruned LLMs", needs=_GRAM)(admm)
 SOLVERS.register("alps", source="Meng et al. 2024, ALPS, algorithms 1 and 2", needs=_GRAM)(alps)
 SOLVERS.register(
-    "woodfisher", source="Singh and Alistarh 2020, WoodFisher, eq. 9, 10; Kurtic et al. 2022, oBERT, eq. 6, 7", needs=_GRADIENTS
+    "woodfisher", source="Singh and Alistarh 2020, WoodFisher; Kurtic et al. 2022, The Optimal BERT Surgeon", needs=_GRADIENTS
 )(woodfisher)
-SOLVERS.register("chita", source="Benbaki et al. 2023, Fast as CHITA, eq. 4, 6 and 9", needs=_GRADIENTS)(chita)
+SOLVERS.register(
+    "chita", source="Benbaki et al. 2023, Fast as CHITA: Pruning with Combinatorial Optimization", needs=_GRADIENTS
+)(chita)
 
 __all__ = ["SOLVERS", "error_curve"]

@@ -38,7 +38,7 @@ def chita(
     searches by hard thresholding with a line search, which seldom leaves the support it starts from, and takes small
     networks as one block where we take each layer.
 
-    Source: Benbaki et al. 2023, Fast as CHITA, eq. 4 and 6 (the problem), eq. 9 (weights on a support), section 3.3 (stages).
+    Source: Benbaki et al. 2023, Fast as CHITA (the problem, weights on a support by Woodbury, stages).
     """
     if iterations < 1 or damp <= 0:
         raise RecipeError(f"chita needs iterations >= 1 and damp > 0, got iterations={iterations}, damp={damp}")

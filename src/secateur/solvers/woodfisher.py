@@ -29,7 +29,7 @@ def woodfisher(
     together, in one exact update. The criterion's scores only say how much the layer loses. Patterns of whole outputs
     are carried out as the criterion chose.
 
-    Source: Singh and Alistarh 2020, WoodFisher, eq. 9 and 10; Kurtic et al. 2022, oBERT, eq. 6 and 7 (units).
+    Source: Singh and Alistarh 2020, WoodFisher (the block Fisher); Kurtic et al. 2022, The Optimal BERT Surgeon (units).
     """
     if block < 1 or damp <= 0:
         raise RecipeError(f"woodfisher needs block >= 1 and damp > 0, got block={block}, damp={damp}")
