@@ -20,12 +20,12 @@ from conditions import ROOT, asset, conditions, keep, table
 
 SPARSITIES = {"mlpnet": (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98), "resnet20": (0.5, 0.6, 0.7, 0.8, 0.9)}
 SCHEDULE = {"name": "cubic", "initial": 0.3}
-STEPS = 64
+STEPS = 32
 METHODS: dict[str, dict[str, Any]] = {
     "magnitude": {},
     "woodfisher": {"solver": "woodfisher"},
     "chita": {"solver": "chita"},
-    f"chita, {STEPS} steps": {"solver": {"name": "chita", "iterations": 10}, "schedule": SCHEDULE, "steps": STEPS},
+    f"chita, {STEPS} steps": {"solver": "chita", "schedule": SCHEDULE, "steps": STEPS},
 }
 GRADUAL = {"mlpnet": (0.95, 0.98), "resnet20": ()}  #: sparsities at which many steps are run
 PUBLISHED = {
