@@ -17,7 +17,7 @@ from secateur.types import UnitStats
 def bn_scale(units: UnitStats) -> Tensor:
     """``|gamma|`` of the normalisation that a channel goes through, the mean where a unit has several channels.
 
-    Meant for networks that were trained with `finetune(slimming=...)`, which drives the scales of dispensable channels to zero, and for
-    the allocation ``global``: the percentile over all scales that the paper takes.
+    Meant for networks that were trained with `finetune(slimming=...)`, which drives the scales of dispensable channels to
+    zero, and for the allocation ``global``: the percentile over all scales that the paper takes.
     """
     return units.weight.abs().mean(1)
