@@ -19,9 +19,9 @@ class Units:
     A unit has slices in several tensors. `combine` says how they make its score: ``together`` folds all of them as one long
     slice; ``sum``, ``mean`` and ``max`` are over the scores of each tensor's slice, ``first`` takes that of the layer that
     makes the unit. (Criteria of whole units give a score for each tensor: ``together`` is their mean.)
-    `normalize` divides the scores of a group by their ``mean`` or ``max``, so that groups compete on equal terms, or leaves
-    them as they are (``none``). By default (``auto``) it is the mean under the allocation global, but for criteria that are made
-    to be compared between layers, as the scales of Network Slimming are, and nothing else.
+    `normalize` divides the scores of a group by their ``mean`` or ``max``, so that groups compete on equal terms;
+    ``none`` leaves them as they are. By default (``auto``) it is the mean under the allocation global, but for criteria that
+    are made to be compared between layers, as the scales of Network Slimming are, and nothing else.
     """
 
     name: str
