@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from secateur.errors import ModelError
 from secateur.graph.blocks import drop
+from secateur.graph.heads import refresh_heads
+from secateur.graph.rewrite import apply_rewrites
 from secateur.types import Plan
 
 _INDEXED = re.compile(r"(.*)\[(\d+)\]$")
@@ -49,6 +51,7 @@ def cut(model: nn.Module, plan: Plan, *, inplace: bool = False) -> nn.Module:
         set_attribute(model, name, value)
     for module in model.modules():
         refresh(module)
+    apply_rewrites(model, plan.rewrites)
     drop(model, plan.dropped)
     return model
 
@@ -103,6 +106,8 @@ def set_attribute(model: nn.Module, name: str, value: int) -> None:
 def refresh(module: nn.Module) -> None:
     """Bring what a module of torch says of its own sizes in line with its parameters."""
     weight = getattr(module, "weight", None)
+    if isinstance(module, nn.MultiheadAttention):
+        refresh_heads(module)
     if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
         suffix = "_l0" if isinstance(module, nn.RNNBase) else ""
         module.input_size = int(getattr(module, f"weight_ih{suffix}").shape[1])

@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from secateur.errors import ModelError
+from secateur.graph.heads import explicit_heads
 from secateur.graph.labels import Dim
 from secateur.graph.sizes import Sizes
 
@@ -79,6 +80,7 @@ class Recording:
     calls: list[ModuleCall]
     sizes: Sizes
     fake: bool
+    replaced: bool = False  #: whether modules ran in another form (`heads.explicit_heads`)
     notes: list[str] = field(default_factory=list)
 
 
@@ -192,7 +194,7 @@ def _record(model: nn.Module, example: Any, *, fake: bool) -> Recording:
     args, kwargs = arguments(example)
     device = next((t.device for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)), torch.device("cpu"))
     calls: list[ModuleCall] = []
-    with untouched(model), contextlib.ExitStack() as stack:
+    with untouched(model), explicit_heads(model) as replaced, contextlib.ExitStack() as stack:
         _substitute(model, recorder, mode, device)
         args, kwargs = pytree.tree_map_only(Tensor, lambda t: _faked(t, mode, device), (args, kwargs))
         inputs = []
@@ -212,7 +214,7 @@ def _record(model: nn.Module, example: Any, *, fake: bool) -> Recording:
     if not tensors:
         raise ModelError(f"{type(model).__name__} returned {type(output).__name__}, in which no tensor was found")
     outputs = [recorder.value(t) for t in tensors]
-    return Recording(recorder.nodes, inputs, outputs, recorder.named, calls, recorder.sizes, fake)
+    return Recording(recorder.nodes, inputs, outputs, recorder.named, calls, recorder.sizes, fake, replaced)
 
 
 def _faked(tensor: Tensor, mode: FakeTensorMode | None, device: torch.device) -> Tensor:

@@ -145,6 +145,15 @@ def difference(model: nn.Module, smaller: nn.Module, graph: Graph, removed: NDAr
         raise ModelError(
             f"the cut changed the output's shape from {[tuple(t.shape) for t in wanted]} to {[tuple(t.shape) for t in found]}"
         )
+    error = _worst(found, wanted)
+    if graph.recording.replaced:  # what was traced has to be what the model does
+        with untouched(model):
+            own = tensors_in(model(*args, **kwargs))
+        error = max(error, _worst(masked_output(model, graph, np.zeros_like(removed), example), own))
+    return error
+
+
+def _worst(found: list[Tensor], wanted: list[Tensor]) -> float:
     worst = 0.0
     for a, b in zip(found, wanted, strict=True):
         if a.numel() and (a.is_floating_point() or a.is_complex()):
