@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -407,7 +409,20 @@ def trace(model: nn.Module, example: Any) -> Graph:
     >>> trace(model, torch.zeros(1, 4)).units("neuron")
     [Group(0, neuron, 8 units of 0.weight:0, 0.bias:0, 2.weight:1)]
     """
-    return Graph(model, record(model, example))
+    with _no_collection():
+        return Graph(model, record(model, example))
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Tracing makes many small objects that stay; looking for garbage among them takes as long as the tracing."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 __all__ = ["KINDS", "Graph", "Group", "Member", "Value", "trace"]

@@ -214,6 +214,8 @@ class Sizes(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
+        if self.recorder.meta and "device" in kwargs and str(kwargs["device"]) == "meta":  # as its own tensors told it
+            kwargs = {**kwargs, "device": self.recorder.device}
         if name == "__get__":
             out = func(*args, **kwargs)
             return self._shape(args[0], out) if func.__self__ is Tensor.shape else out
@@ -224,6 +226,8 @@ class Sizes(TorchFunctionMode):
             return self._shape(args[0], args[0].size())[dim]
         if func in (Tensor.numel, Tensor.nelement):
             return self._product(args[0], func(args[0]))
+        if func is F.scaled_dot_product_attention and self.recorder.meta:
+            return self.recorder.attention(*args, **kwargs)
         call = Call(name, args, kwargs, None, self.recorder.stack[-1] if self.recorder.stack else "")
         before, self.current = self.current, call
         try:
