@@ -80,8 +80,7 @@ class Graph:
         self.notes = tuple(recording.notes)
         self._leaves = _Leaves(coupler.labels)
         self._count_pairs: dict[int, tuple[Array, Array, Array]] = {}
-        self._classes = {name: type(module) for name, module in model.named_modules()}
-        self._rewrites: dict[int, Rewrite | None] = {}
+        self._classes: dict[str, Any] = {name: type(module) for name, module in model.named_modules()}
         self.links: dict[int, dict[str, tuple[str, ...]]] | None = None  #: what `links_of` found
         reasons = self._frozen()
         self.groups: list[Group] = self._find_groups(reasons)
@@ -134,19 +133,16 @@ class Graph:
         found, wrong = solve(chosen, old, lambda labels: self.count(labels, removed))
         return {name: n for name, n in found.items() if n != old[name]}, wrong
 
-    def rewrites(
-        self, wrong: Iterable[Equation], removed: NDArray[np.bool_]
-    ) -> tuple[tuple[Rewrite, ...], list[Equation]]:
+    def rewrites(self, wrong: Iterable[Equation], removed: NDArray[np.bool_]) -> tuple[tuple[Rewrite, ...], list[Equation]]:
         """Rewrites of forwards with which equations need not hold after a cut, and the equations for which there is none."""
         found: dict[Rewrite, None] = {}
         freed: dict[tuple[str, Frames], int] = {}
         rest = []
         for e in wrong:
-            if id(e) not in self._rewrites:
-                self._rewrites[id(e)] = find_rewrite(self._classes[e.module], e.module, e.frames, e.argument)
-            rewrite = self._rewrites[id(e)]
+            place = find_rewrite(self._classes[e.module], e.frames, e.argument)
+            rewrite = None if place is None else replace(place, module=e.module)
             old = evaluate(e.right, {}, self.recording.sizes.old, len)
-            stays = e.left[0] == "count" and self.count(e.left[1], removed) == old or e.right == ("const", old)
+            stays = (e.left[0] == "count" and self.count(e.left[1], removed) == old) or e.right == ("const", old)
             # of one call, one size follows from the others
             if rewrite is not None and e.free and freed.setdefault((e.module, e.frames), e.argument) == e.argument:
                 found[rewrite] = None

@@ -9,8 +9,8 @@ at these places has to be what it was.
 """
 
 from __future__ import annotations
-
 import __future__
+
 import ast
 import functools
 import inspect
@@ -32,14 +32,15 @@ _Site = tuple[int, int, str, int, int]  # line, column, source, argument, value
 
 def frames_from(frame: types.FrameType | None) -> Frames:
     """Where a call is made: the frames from `frame` out to the call of the module."""
-    found = []
+    found: list[tuple[types.CodeType, int]] = []
     while frame is not None and frame.f_code.co_name not in ("_call_impl", "_wrapped_call_impl") and len(found) < 6:
         found.append((frame.f_code, frame.f_lasti))
         frame = frame.f_back
     return tuple(found)
 
 
-def find_rewrite(cls: type[nn.Module], path: str, frames: Frames, argument: int) -> Rewrite | None:
+@functools.lru_cache(maxsize=4096)
+def find_rewrite(cls: type[nn.Module], frames: Frames, argument: int) -> Rewrite | None:
     """The rewrite of argument or operand number `argument` of the expression at `frames`; None where there is no source."""
     if not frames or not hasattr(frames[0][0], "co_positions"):  # before Python 3.11 code does not know its columns
         return None
@@ -57,7 +58,7 @@ def find_rewrite(cls: type[nn.Module], path: str, frames: Frames, argument: int)
         if tree is not None and (call.lineno, call.end_lineno, call.col_offset, call.end_col_offset) == place:
             if argument >= len(_operands(call)):
                 return None
-            return Rewrite(path, names, call.lineno - tree.lineno, call.col_offset, argument, ast.unparse(call))
+            return Rewrite("", names, call.lineno - tree.lineno, call.col_offset, argument, ast.unparse(call))
     return None
 
 
@@ -69,6 +70,7 @@ def apply_rewrites(model: nn.Module, rewrites: Iterable[Rewrite]) -> None:
     for path, own in by_module.items():
         module = model.get_submodule(path)
         sites = frozenset((r.functions, r.line, r.column, r.call, r.argument, r.value) for r in own)
+        base: Any
         base, before = getattr(type(module), "_secateur_rewritten", (type(module), frozenset()))
         module.__class__ = _rewritten(base, before | sites)
 
@@ -151,15 +153,19 @@ class _Numbers(ast.NodeTransformer):
 
 def _compiled(function: types.FunctionType, sites: list[_Site]) -> types.FunctionType:
     tree = _tree(function.__code__)
-    places = {} if tree is None else {(c.lineno - tree.lineno, c.col_offset, ast.unparse(c)): _operands(c) for c in _calls(tree)}
+    places = (
+        {} if tree is None else {(c.lineno - tree.lineno, c.col_offset, ast.unparse(c)): _operands(c) for c in _calls(tree)}
+    )
     numbers: dict[ast.expr, int] = {}
     for line, column, text, argument, value in sites:
         operands = places.get((line, column, text), [])
         if argument >= len(operands):
-            raise ModelError(f"{text!r} is not in {function.__qualname__} any more. Its library has changed since the plan was made.")
+            raise ModelError(
+                f"{text!r} is not in {function.__qualname__} any more. Its library has changed since the plan was made."
+            )
         numbers[operands[argument]] = value
     assert tree is not None
-    tree = _Numbers(numbers).visit(tree)
+    _Numbers(numbers).visit(tree)
     tree.decorator_list = []
     factory = ast.parse(f"def factory({', '.join(function.__code__.co_freevars)}): pass")
     factory.body[0].body = [tree]  # type: ignore[attr-defined]

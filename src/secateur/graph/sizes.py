@@ -186,7 +186,9 @@ class Sizes(TorchFunctionMode):
         self.recorder = recorder
         self.current: Call | None = None
         self.calls: list[Call] = []
-        self.guards: list[tuple[Expr, Expr, str, Frames, int]] = []  #: expressions that must stay equal, and the module that compared
+        self.guards: list[
+            tuple[Expr, Expr, str, Frames, int]
+        ] = []  #: expressions that must stay equal, and the module that compared
         self.conditions: dict[tuple[Any, ...], None] = {}  #: ``(left, symbol, right, result, module)`` on which paths depended
         self.old: dict[str, int] = {}  #: the attributes' values
         self.on = False

@@ -121,7 +121,10 @@ class Recorder(TorchDispatchMode):
                 if kwargs["device"].type == "meta":
                     seen_kwargs["device"] = self.device
                 kwargs = {**kwargs, "device": "meta"}
-            out = self._inferred(func, _on_meta(args), _on_meta(kwargs))
+            if func is torch.ops.aten._local_scalar_dense.default:
+                out = _Evaluated(self.nodes).scalar(seen_args[0])
+            else:
+                out = self._inferred(func, _on_meta(args), _on_meta(kwargs))
         else:
             out = func(*args, **kwargs)
         outputs = []
@@ -175,6 +178,32 @@ class Recorder(TorchDispatchMode):
         if isinstance(x, dict):
             return {k: self._values(v) for k, v in x.items()}
         return x
+
+
+class _Evaluated:
+    """Values that follow from numbers in the forward alone, such as positions: recorded operations, done after all."""
+
+    def __init__(self, nodes: list[Node]):
+        self.made = {value: node for node in nodes for value in node.outputs}
+        self.known: dict[Value, Tensor] = {}
+
+    def scalar(self, value: Value) -> Any:
+        """The one number that `value` holds. Raises ModelError where it depends on what the model is given or has."""
+        with torch.utils._python_dispatch._disable_current_modes():
+            return self.tensor(value).item()
+
+    def tensor(self, value: Value) -> Tensor:
+        """The tensor that `value` stands for."""
+        if value.constant is not None:
+            return value.constant
+        if value not in self.known:
+            node = self.made.get(value)
+            if node is None:
+                raise ModelError("the forward asks for a number that depends on its input")
+            args, kwargs = pytree.tree_map_only(Value, self.tensor, (node.args, node.kwargs))
+            outputs = [t for t in pytree.tree_leaves(node.op(*args, **kwargs)) if isinstance(t, Tensor)]
+            self.known.update(zip(node.outputs, outputs, strict=True))
+        return self.known[value]
 
 
 def record(model: nn.Module, example: Any) -> Recording:

@@ -145,12 +145,12 @@ def difference(model: nn.Module, smaller: nn.Module, graph: Graph, removed: NDAr
         raise ModelError(
             f"the cut changed the output's shape from {[tuple(t.shape) for t in wanted]} to {[tuple(t.shape) for t in found]}"
         )
-    error = _worst(found, wanted)
+    worst = _worst(found, wanted)
     if graph.recording.replaced:  # what was traced has to be what the model does
         with untouched(model):
             own = tensors_in(model(*args, **kwargs))
-        error = max(error, _worst(masked_output(model, graph, np.zeros_like(removed), example), own))
-    return error
+        worst = max(worst, _worst(masked_output(model, graph, np.zeros_like(removed), example), own))
+    return worst
 
 
 def _worst(found: list[Tensor], wanted: list[Tensor]) -> float:
