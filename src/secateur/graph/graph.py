@@ -304,7 +304,7 @@ class Graph:
         by_attribute: dict[str, set[int]],
         groups_in: list[set[int]],
     ) -> None:
-        """Find the groups that must be cut alike so that attributes can follow; or else rewrite reshapes, or give the reason."""
+        """Find the groups to be cut alike so that attributes can follow; or else rewrite reshapes, or give the reason."""
         equations = self.coupler.equations
         number = {id(e): i for i, e in enumerate(equations)}
         for rewriting in (False, True):

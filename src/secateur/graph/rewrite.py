@@ -129,7 +129,7 @@ def _calls(tree: ast.FunctionDef | None) -> list[ast.Call | ast.BinOp]:
 
 
 def _operands(node: ast.Call | ast.BinOp) -> list[ast.expr]:
-    """Both sides of an operator; the sizes of ``x.reshape(a, b)``, ``x.view((a, b))``, ``x.unflatten(d, (a, b))``; an argument."""
+    """Both sides of an operator; the sizes of ``x.view(a, b)`` or ``x.unflatten(d, (a, b))``; the argument of a function."""
     if isinstance(node, ast.BinOp):
         return [node.left, node.right]
     last = node.args[-1] if node.args else None
