@@ -1,6 +1,6 @@
 """Prune half of the channels, neurons and heads of many architectures (of transformers also half of the width).
 
-    python benchmarks/zoo.py torchvision timm hf --out docs/zoo.md
+    python benchmarks/zoo.py torchvision timm hf detectors --out docs/zoo.md
 
 Every architecture is built with random weights, cut, run, and compared with the original in which the same units are masked:
 ``pass`` means that the output has the same shape and differs by at most 1e-4 of its largest value.
@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from zoo_detectors import DETECTORS
 from zoo_hf import FAMILIES, build
 
 from secateur.graph import choose_groups, cut, difference, make_plan, select, trace, unit_scores
@@ -30,6 +31,7 @@ KINDS = {
     "torchvision": ("channel", "neuron", "head"),
     "timm": ("channel", "neuron", "head"),
     "hf": ("channel", "neuron", "head", "width"),
+    "detectors": ("channel", "neuron", "head"),
 }
 
 
@@ -105,6 +107,12 @@ def hf_models() -> Iterator[tuple[str, Callable[[], tuple[nn.Module, Any]]]]:
         yield name, lambda n=name: build(n)
 
 
+def detectors() -> Iterator[tuple[str, Callable[[], tuple[nn.Module, Any]]]]:
+    """YOLO-style detectors, and the backbones and heads of torchvision's."""
+    prepare_torchvision()
+    yield from DETECTORS.items()
+
+
 def judge(make: Callable[[], tuple[nn.Module, Any]], kinds: tuple[str, ...], sparsity: float = 0.5) -> dict[str, Any]:
     """One row of the table."""
     torch.manual_seed(0)
@@ -166,7 +174,7 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
 def main() -> None:
     """Run the parts named on the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="+", choices=("torchvision", "timm", "hf"))
+    parser.add_argument("parts", nargs="+", choices=tuple(KINDS))
     parser.add_argument("--only", default="", help="only names that contain this")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--json", type=Path, help="rows are kept here, and rows found here are not computed again")
@@ -175,7 +183,7 @@ def main() -> None:
     logging.disable(logging.WARNING)
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
-    sources = {"torchvision": torchvision_models, "timm": timm_models, "hf": hf_models}
+    sources = {"torchvision": torchvision_models, "timm": timm_models, "hf": hf_models, "detectors": detectors}
     rows = json.loads(options.json.read_text()) if options.json and options.json.exists() else {}
     start = time.monotonic()
     for part in options.parts:

@@ -13,6 +13,7 @@ from secateur.criteria import CRITERIA
 from secateur.data.batches import Batch, Batches, Loss, inputs_of
 from secateur.errors import LayerError, ModelError, RecipeError
 from secateur.graph import Graph, Group, choose_groups, cut, difference, make_plan, select, trace, unit_scores
+from secateur.graph.config import describe_config
 from secateur.graph.prune import TOLERANCE
 from secateur.job import check_data
 from secateur.layers import check_finite, find_layers, matches
@@ -108,6 +109,7 @@ def cut_units(model: nn.Module, job: UnitJob, *, inplace: bool = False) -> Small
             f"the cut model differs from the masked original by {error:.2g} (relative); at most {TOLERANCE:g} is rounding. "
             "Nothing was changed. Leave out what does not follow the cut with ignore=."
         )
+    shapes = {name: p.shape for name, p in model.named_parameters()}
     notes = list(chosen.notes)
     changes: Mapping[str, Tensor] = {}
     if job.recipe.repair != "none" and job.batches is not None:
@@ -119,7 +121,8 @@ def cut_units(model: nn.Module, job: UnitJob, *, inplace: bool = False) -> Small
         for name, tensor in changes.items():
             smaller.get_parameter(name).copy_(tensor)
     checked = f"on the example the cut model gives the masked original's output within {error:.1e} (relative)"
-    return Smaller(smaller, chosen.plan, masks, (*notes, checked))
+    configured = describe_config(smaller, shapes, job.arguments)
+    return Smaller(smaller, chosen.plan, masks, (*notes, checked, *([configured] if configured else [])))
 
 
 def choose_units(model: nn.Module, job: UnitJob) -> Chosen:
