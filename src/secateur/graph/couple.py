@@ -75,7 +75,9 @@ class Coupler:
 
     def tensors(self, node: Node) -> list[Value]:
         """All tensors an operation was given."""
-        return [v for v in _leaves((node.args, node.kwargs)) if isinstance(v, Value)]
+        if node.tensors is None:
+            node.tensors = [v for v in _leaves((node.args, node.kwargs)) if isinstance(v, Value)]
+        return node.tensors
 
     def is_weight(self, value: Value) -> bool:
         """Whether a value depends on parameters and buffers alone."""

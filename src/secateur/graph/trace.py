@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from secateur.errors import ModelError
 from secateur.graph.heads import explicit_heads
 from secateur.graph.labels import Dim
+from secateur.graph.shapes import IN_PLACE, SHAPES, Like
 from secateur.graph.sizes import Sizes
 
 log = logging.getLogger("secateur")
@@ -49,6 +50,7 @@ class Node:
     kwargs: dict[str, Any]
     outputs: list[Value]
     module: str
+    tensors: list[Value] | None = None  #: all that it was given, once `Coupler.tensors` has looked
     call: Any = None  #: the Python-level call (`sizes.Call`) inside which it happened
 
     @property
@@ -96,6 +98,10 @@ class Recorder(TorchDispatchMode):
         self.stack: list[str] = []
         self.sizes = Sizes(self)
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled while recording, and the wrapper takes as long as the rest of an operation
+
     def value(self, tensor: Tensor) -> Value:
         """The value that stands for `tensor`; one that nobody made in this run is a constant."""
         found = getattr(tensor, "_secateur_value", None)
@@ -139,19 +145,24 @@ class Recorder(TorchDispatchMode):
                     self.tag(t, value)
                     outputs.append(value)
         module = self.stack[-1] if self.stack else ""
-        self.nodes.append(Node(func, seen_args, seen_kwargs, outputs, module, self.sizes.current))
+        self.nodes.append(Node(func, seen_args, seen_kwargs, outputs, module, call=self.sizes.current))
         return out
 
     def _inferred(self, func: Any, args: Any, kwargs: Any) -> Any:
         """What `func` gives on the meta device. Networks do the same again and again, so shapes are worked out once."""
+        if func.overloadpacket.__name__ in IN_PLACE:
+            return args[0]
+        ours = SHAPES.get(func)
+        known = ours(*args, **kwargs) if ours is not None else None
+        if known is not None:
+            return _made(known)
         try:
             key = (func, _key(args), _key(tuple(kwargs.items())))
             known = self._known.get(key)
         except TypeError:  # something that cannot be hashed
             return func(*args, **kwargs)
         if known is not None:
-            made = [torch.empty_strided(shape, stride, dtype=dtype, device="meta") for shape, stride, dtype in known]
-            return made[0] if len(made) == 1 else tuple(made)
+            return _made(known)
         out = func(*args, **kwargs)
         tensors = out if isinstance(out, tuple) else (out,)
         given = {id(x) for x in args}
@@ -167,7 +178,7 @@ class Recorder(TorchDispatchMode):
         self.tag(out, value)
         module = self.stack[-1] if self.stack else ""
         op = torch.ops.aten.scaled_dot_product_attention.default
-        self.nodes.append(Node(op, seen_args, seen_kwargs, [value], module, self.sizes.current))
+        self.nodes.append(Node(op, seen_args, seen_kwargs, [value], module, call=self.sizes.current))
         return out
 
     def _values(self, x: Any) -> Any:
@@ -311,6 +322,11 @@ def _bare(tensor: Tensor) -> Tensor:
     """A tensor of the meta device like this one."""
     made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
     return nn.Parameter(made, False) if isinstance(tensor, nn.Parameter) else made
+
+
+def _made(likes: list[Like]) -> Any:
+    made = tuple(torch.empty_strided(shape, stride, dtype=dtype, device="meta") for shape, stride, dtype in likes)
+    return made[0] if len(made) == 1 else made
 
 
 def _key(x: Any) -> Any:
