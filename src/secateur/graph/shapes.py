@@ -48,6 +48,11 @@ def _convolution(
     return [contiguous((x.shape[0], channels, *sizes), x.dtype)]
 
 
+def _layer_norm(x: Tensor, over: Sequence[int], *_: Any) -> list[Like]:
+    statistics = contiguous((*x.shape[: x.dim() - len(over)], *[1] * len(over)), x.dtype)
+    return [contiguous(x.shape, x.dtype), statistics, statistics]
+
+
 def _alike(x: Tensor, *others: Any, **_: Any) -> list[Like] | None:
     """Of tensors that are alike in everything, one more."""
     for other in others:
@@ -59,6 +64,7 @@ def _alike(x: Tensor, *others: Any, **_: Any) -> list[Like] | None:
 _ATEN = torch.ops.aten
 SHAPES: dict[Any, Callable[..., list[Like] | None]] = {
     _ATEN.native_batch_norm.default: _batch_norm,
+    _ATEN.native_layer_norm.default: _layer_norm,
     _ATEN.convolution.default: _convolution,
     _ATEN.add.Tensor: _alike,
     _ATEN.mul.Tensor: _alike,

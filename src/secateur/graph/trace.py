@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from secateur.errors import ModelError
 from secateur.graph.heads import explicit_heads
 from secateur.graph.labels import Dim
-from secateur.graph.shapes import IN_PLACE, SHAPES, Like
+from secateur.graph.shapes import IN_PLACE, SHAPES, Like, contiguous
 from secateur.graph.sizes import Sizes
 
 log = logging.getLogger("secateur")
@@ -93,6 +93,7 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.device, self.meta = device, meta
         self._known: dict[Any, Any] = {}
+        self.paused = False
         self.nodes: list[Node] = []
         self.named: dict[str, Value] = {}
         self.stack: list[str] = []
@@ -119,7 +120,7 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func.namespace == "prim":  # questions about a tensor, not operations on it
+        if self.paused or func.namespace == "prim":  # questions about a tensor, not operations on it
             return func(*args, **kwargs)
         seen_args, seen_kwargs = self._values(args), self._values(kwargs)
         if self.meta:
@@ -173,7 +174,10 @@ class Recorder(TorchDispatchMode):
     def attention(self, q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Attention as one operation: on the meta device it would fall apart into products that hide its scale."""
         seen_args, seen_kwargs = self._values((q, k, v, *args)), self._values(kwargs)
-        out = torch.empty((*q.shape[:-1], v.shape[-1]), dtype=q.dtype, device="meta")
+        self.paused = True
+        out = _made([contiguous((*q.shape[:-3], q.shape[-2], *q.shape[-3:-2], v.shape[-1]), q.dtype)])
+        out = out.transpose(-3, -2) if q.dim() > 3 else out  # as the kernels lay it out
+        self.paused = False
         value = Value(tuple(out.shape), out.dtype)
         self.tag(out, value)
         module = self.stack[-1] if self.stack else ""
