@@ -72,7 +72,7 @@ def prune(
         overwrite: replace `out` where it exists.
         source: where the model came from, recorded in the artifact so that `sc.load` can rebuild it.
         before: the measurement of the dense model, where it was made already (``report.before`` of another run).
-        sensitivity: what `scan` found of this model, to be shown in the report.
+        sensitivity: what `scan` found of this model: shown in the report, and what ``allocation="sensitivity"`` goes by.
         changes: any key of the recipe, laid over it: ``sparsity=0.9, criterion="taylor", pattern="2:4", ...``.
 
     Returns:
@@ -92,7 +92,9 @@ def prune(
     wanted = Recipe.make(recipe, **changes)
     units = make_pattern(wanted.pattern)
     if isinstance(units, Units):
-        job: Job | UnitJob = prepare_units(model, wanted, units, data=data, train=train, loss=loss, example=example)
+        job: Job | UnitJob = prepare_units(
+            model, wanted, units, data=data, train=train, loss=loss, example=example, sensitivity=sensitivity
+        )
     else:
         job = prepare(model, wanted, data=data, train=train, loss=loss, example=example)
     if out is not None:
@@ -127,6 +129,7 @@ def plan(
     data: Iterable[Batch] | None = None,
     loss: Loss | None = None,
     example: Batch | None = None,
+    sensitivity: Sequence[Sensitivity] = (),
     **changes: Any,
 ) -> Plan:
     """Dry run: how much every layer would lose, and which layers are left alone and why. The model is not touched.
@@ -141,10 +144,11 @@ def plan(
     wanted = Recipe.make(recipe, **changes)
     units = make_pattern(wanted.pattern)
     if isinstance(units, Units):
-        return choose_units(model, prepare_units(model, wanted, units, data=data, train=data, loss=loss, example=example)).plan
-    job, budget = within_budget(prepare(model, wanted, data=data, train=data, loss=loss, example=example), model)
-    masks = choose(job.layers, job.statistics(model).layers, sparsity=job.sparsity, method=job.method)
-    return replace(_plan(job, masks), budget=budget)
+        job = prepare_units(model, wanted, units, data=data, train=data, loss=loss, example=example, sensitivity=sensitivity)
+        return choose_units(model, job).plan
+    masked, budget = within_budget(prepare(model, wanted, data=data, train=data, loss=loss, example=example), model)
+    masks = choose(masked.layers, masked.statistics(model).layers, sparsity=masked.sparsity, method=masked.method)
+    return replace(_plan(masked, masks), budget=budget)
 
 
 @dataclass(frozen=True)
@@ -162,7 +166,8 @@ class _Outcome:
 def _is_long(job: Job | UnitJob) -> bool:
     """Whether a run that is stopped would lose enough to be worth its state on disk."""
     solves = isinstance(job, Job) and bool(job.method.solver_needs)
-    return job.recipe.finetune is not None or (job.batches is not None and (job.recipe.steps > 1 or solves))
+    trains = job.recipe.finetune is not None or job.recipe.slimming is not None
+    return trains or (job.batches is not None and (job.recipe.steps > 1 or solves))
 
 
 def _carry_out(
@@ -175,6 +180,9 @@ def _carry_out(
 ) -> _Outcome:
     points = [_point(job, 0.0, before.quality)] if before.quality else []
     if isinstance(job, UnitJob):
+        if job.recipe.slimming is not None and job.train is not None:
+            model, inplace = model if inplace else copy.deepcopy(model), True
+            _slim(job, model, progress)
         cut = cut_units(model, job, inplace=inplace)
         _repair(job, cut.model, 0, None, progress)
         return _Outcome(cut.model, cut.masks, cut.plan, points, list(cut.notes))
@@ -182,6 +190,16 @@ def _carry_out(
     job = replace(job, layers=find_layers(pruned, layers=list(job.layers))[0])
     solved, points = _steps(job, pruned, evaluate, points, progress)
     return _Outcome(pruned, solved.masks, _plan(job, solved.masks), points, list(solved.notes), solved.errors)
+
+
+def _slim(job: UnitJob, model: nn.Module, progress: Progress | None) -> None:
+    """Network Slimming's training, on `model` in place."""
+    assert job.recipe.slimming is not None
+    assert job.train is not None
+    settings = job.recipe.slimming.model_dump()
+    settings["slimming"] = settings.pop("strength")
+    checkpoint = None if progress is None else progress.slimming
+    finetune(model, job.train, loss=job.loss, seed=job.recipe.seed, checkpoint=checkpoint, **settings)
 
 
 def _train_loss(teacher: nn.Module, recipe: Recipe, loss: Loss | None, inplace: bool) -> Loss | None:
@@ -275,7 +293,7 @@ def _report(
     seconds: float,
 ) -> Report:
     masks, plan = outcome.masks, outcome.plan
-    left = {} if plan.cuts else dict(outcome.model.named_parameters())
+    left = {} if plan.structural else dict(outcome.model.named_parameters())
     layers = tuple(
         layer_report(
             p.name, original[p.name], masks[p.name], p.pattern, outcome.errors.get(p.name), weight_after=left.get(p.name)
@@ -283,7 +301,7 @@ def _report(
         for p in plan.layers
     )
     notes, points = list(outcome.notes), list(outcome.points)
-    if collapsed := [layer.name for layer in layers if layer.kept == 0]:
+    if collapsed := [layer.name for layer in layers if layer.kept == 0 and not plan.dropped]:
         notes.append(f"these layers lost every weight and pass nothing on: {', '.join(collapsed)}")
         log.warning("%s", notes[-1])
     metric = next(iter(after.quality), None)
@@ -337,7 +355,7 @@ def _save(result: Result, recipe: Recipe, out: str | Path, overwrite: bool, sour
     save(
         result.model,
         out,
-        masks=None if result.plan.cuts else result.masks,  # a cut model's masks have other shapes; its plan says as much
+        masks=None if result.plan.structural else result.masks,  # a cut model's masks have other shapes; its plan says as much
         plan=result.plan,
         report=result.report,
         recipe=recipe.to_toml(),

@@ -2,34 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from secateur.budgets.choose import kept_within
-from secateur.criteria import CRITERIA
+from secateur.budgets.choose import choose_counts
 from secateur.data.batches import Batch, Batches, Loss, inputs_of
 from secateur.errors import LayerError, ModelError, RecipeError
-from secateur.graph import Graph, Group, choose_groups, cut, difference, lowest, make_plan, select, trace, unit_scores
+from secateur.graph import Graph, Group, bypass_difference, choose_groups, cut, difference, lowest, make_plan, select, trace
 from secateur.graph.choose import Scope
 from secateur.graph.config import describe_config
 from secateur.graph.prune import TOLERANCE
 from secateur.job import check_data
+from secateur.layer_dropping import plan_blocks
 from secateur.layers import check_finite, find_layers, matches
 from secateur.patterns import Units
 from secateur.recipe import Recipe
-from secateur.registry import bind, name_of
 from secateur.repair_units import refit
 from secateur.sparsity import check_sparsity
-from secateur.stats import collect
-from secateur.types import MaskSet, Plan
+from secateur.types import MaskSet, Plan, Sensitivity
+from secateur.unit_scoring import check_forced, criterion_entry, forced_units, score_units
 
 #: Allocations of units that are cut out -> whose units compete: uniform within each group, isomorphic among groups that do the
 #: same in different blocks (Fang et al. 2024, Isomorphic Pruning for Vision Models), global among all.
 ALLOCATIONS: Mapping[str, Scope] = {"uniform": "local", "isomorphic": "isomorphic", "global": "global"}
+#: The allocation by which every group loses as much as makes the same damage, by the curves of `sc.scan`.
+BY_CURVES = "sensitivity"
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class UnitJob:
     train: Batches | None
     loss: Loss | None
     example: Batch
+    sensitivity: tuple[Sensitivity, ...] = ()  #: curves, for the allocation that goes by them
     train_loss: Loss | None = None  #: of the fine-tuning, where it is another than `loss`
 
     @property
@@ -86,19 +88,25 @@ def prepare_units(
     train: Iterable[Batch] | None,
     loss: Loss | None,
     example: Batch | None,
+    sensitivity: Sequence[Sensitivity] = (),
 ) -> UnitJob:
     """Resolve `recipe` for `model`. Whatever is wrong with it is said here, before any work is done."""
     sparsity = _check(recipe, units)
-    name, _ = bind(CRITERIA, recipe.criterion)
+    if recipe.allocation == BY_CURVES and not sensitivity:
+        raise RecipeError(
+            f"allocation {BY_CURVES!r} goes by the curves of a scan: pass sensitivity=sc.scan(model, pattern={units.name!r}, "
+            "evaluate=...)"
+        )
+    criterion = criterion_entry(recipe, blocks=units.whole_blocks)
     batches = None if data is None else Batches(data)
     training = batches if train is None else Batches(train)
-    check_data(recipe, name, CRITERIA[name].facts["needs"], batches, training)
+    check_data(recipe, criterion.name, criterion.facts["needs"], batches, training)
     if example is None and batches is not None:
         example = next(iter(batches))
     if example is None:
         raise RecipeError(f"pattern {units.name!r} follows a batch through the model: pass example= or data=")
     check_finite(find_layers(model)[0].values())
-    return UnitJob(recipe, units, sparsity, batches, training, loss, example)
+    return UnitJob(recipe, units, sparsity, batches, training, loss, example, tuple(sensitivity))
 
 
 def cut_units(model: nn.Module, job: UnitJob, *, inplace: bool = False) -> Smaller:
@@ -110,10 +118,14 @@ def cut_units(model: nn.Module, job: UnitJob, *, inplace: bool = False) -> Small
     chosen = choose_units(model, job)
     masks = masks_of(model, chosen.plan)
     smaller = cut(model, chosen.plan)
-    error = difference(model, smaller, chosen.graph, chosen.graph.flags(chosen.removed), job.arguments)
+    if job.units.whole_blocks:
+        error, against = bypass_difference(model, smaller, chosen.plan, job.arguments), "original with the blocks bypassed"
+    else:
+        flags = chosen.graph.flags(chosen.removed)
+        error, against = difference(model, smaller, chosen.graph, flags, job.arguments), "masked original"
     if not error <= TOLERANCE:
         raise ModelError(
-            f"the cut model differs from the masked original by {error:.2g} (relative); at most {TOLERANCE:g} is rounding. "
+            f"the cut model differs from the {against} by {error:.2g} (relative); at most {TOLERANCE:g} is rounding. "
             "Nothing was changed. Leave out what does not follow the cut with ignore=."
         )
     shapes = {name: p.shape for name, p in model.named_parameters()}
@@ -127,30 +139,54 @@ def cut_units(model: nn.Module, job: UnitJob, *, inplace: bool = False) -> Small
     with torch.no_grad():
         for name, tensor in changes.items():
             smaller.get_parameter(name).copy_(tensor)
-    checked = f"on the example the cut model gives the masked original's output within {error:.1e} (relative)"
+    checked = f"on the example the cut model gives the output of the {against} within {error:.1e} (relative)"
     configured = describe_config(smaller, shapes, job.arguments)
     return Smaller(smaller, chosen.plan, masks, (*notes, checked, *([configured] if configured else [])))
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """The groups that a recipe cuts, and ``[units]`` scores of each, by id: the lowest go first."""
+
+    graph: Graph
+    groups: list[Group]
+    scores: dict[int, Tensor]
+    notes: tuple[str, ...]
+
+
+def rank_units(model: nn.Module, job: UnitJob) -> Ranked:
+    """Trace and score. Touches nothing."""
+    recipe, units = job.recipe, job.units
+    graph = trace(model, job.arguments)
+    groups = _groups(graph, recipe, units)
+    found = score_units(model, groups, recipe, units, batches=job.batches, loss=job.loss, example=job.example)
+    return Ranked(graph, list(found.groups), dict(found.scores), (*graph.notes, *found.notes))
 
 
 def choose_units(model: nn.Module, job: UnitJob) -> Chosen:
     """Trace, score and choose. Touches nothing."""
     recipe, units = job.recipe, job.units
-    graph = trace(model, job.arguments)
-    groups = _groups(graph, recipe, units)
-    saliency, notes = _saliency(model, job, groups)
-    how = recipe.reduction or ("abs_sum" if CRITERIA[name_of(recipe.criterion)].facts["reduction"] == "abs_sum" else "mean")
-    scores = unit_scores(model, groups, saliency, "sum" if how == "abs_sum" else how)  # type: ignore[arg-type]
-    if how == "abs_sum":
-        scores = {g: s.abs() for g, s in scores.items()}
-    scope = ALLOCATIONS[recipe.allocation or "uniform"]  # type: ignore[index]
-    widths: dict[str, Any] = {"round_to": units.round_to, "min_width": units.min_width, "scope": scope}
-    if job.sparsity is not None:
-        removed = select(graph, groups, scores, job.sparsity, **widths)
-        return Chosen(graph, removed, make_plan(graph, model, removed), (*graph.notes, *notes))
-    kept, budget = kept_within(recipe.budget, model, graph, groups, scores, example=job.arguments, **widths)
-    removed = lowest(groups, scores, kept)
-    plan = replace(make_plan(graph, model, removed), budget=budget)
-    return Chosen(graph, removed, plan, (*graph.notes, *notes))
+    if units.whole_blocks:
+        graph = trace(model, job.arguments)
+        plan, notes = plan_blocks(model, graph, recipe, batches=job.batches, loss=job.loss, example=job.example)
+        return Chosen(graph, {}, plan, (*graph.notes, *notes))
+    ranked = rank_units(model, job)
+    graph, groups, scores = ranked.graph, ranked.groups, ranked.scores
+    forced = forced_units(model, groups, recipe.force)
+    for group, gone in forced.items():
+        scores[group][gone] = -torch.inf
+    widths: dict[str, Any] = {"round_to": units.round_to, "min_width": units.min_width}
+    scope = job.sensitivity if recipe.allocation == BY_CURVES else ALLOCATIONS[recipe.allocation or "uniform"]  # type: ignore[index]
+    budget = None
+    if job.sparsity is not None and isinstance(scope, str):
+        removed = select(graph, groups, scores, job.sparsity, scope=scope, **widths)
+    else:
+        target = recipe.budget if job.sparsity is None else job.sparsity
+        where: dict[str, Any] = {"target": target, "scope": scope, "example": job.example}
+        kept, budget = choose_counts(model, graph, groups, scores, **where, **widths)
+        removed = lowest(groups, scores, kept)
+    check_forced(graph, forced, removed)
+    return Chosen(graph, removed, replace(make_plan(graph, model, removed), budget=budget), ranked.notes)
 
 
 def masks_of(model: nn.Module, plan: Plan) -> MaskSet:
@@ -162,20 +198,30 @@ def masks_of(model: nn.Module, plan: Plan) -> MaskSet:
             line[list(c.kept)] = True
             mask = masks.setdefault(name, torch.ones(parameter.shape, dtype=torch.bool))
             mask &= line.reshape([-1 if d == c.dim else 1 for d in range(parameter.dim())])
+    for planned in plan.layers:
+        masks.setdefault(planned.name, torch.full(planned.shape, bool(planned.kept)))
     return MaskSet(masks)
 
 
 def _check(recipe: Recipe, units: Units) -> float | None:
-    if recipe.sparsity is None and recipe.budget is None:
+    if recipe.sparsity is None and recipe.budget is None and not (units.whole_blocks and recipe.force):
         raise RecipeError(
             "sparsity is missing: give the fraction of units to cut, such as sparsity=0.5, or a budget such as '50% MACs'"
         )
-    if recipe.allocation is not None and recipe.allocation not in list(ALLOCATIONS):
-        raise RecipeError(f"pattern {units.name!r} knows the allocations {', '.join(ALLOCATIONS)}; got {recipe.allocation!r}")
     if recipe.solver != "keep":
         raise RecipeError(
             f"pattern {units.name!r} cuts units out; solver {recipe.solver!r} repairs masked weights. Leave it out."
         )
+    if units.whole_blocks:
+        repair = None if recipe.repair == "none" else recipe.repair
+        for key, value in (("allocation", recipe.allocation), ("budget", recipe.budget), ("repair", repair)):
+            if value is not None:
+                raise RecipeError(
+                    f"pattern 'layer' takes whole blocks out: {key}={value!r} has no meaning there. Leave it out."
+                )
+        return None if recipe.sparsity is None else check_sparsity(recipe.sparsity)
+    if recipe.allocation is not None and recipe.allocation not in (known := [*ALLOCATIONS, BY_CURVES]):
+        raise RecipeError(f"pattern {units.name!r} knows the allocations {', '.join(known)}; got {recipe.allocation!r}")
     if recipe.steps > 1:
         raise RecipeError(
             f"pattern {units.name!r} is cut in one step, steps={recipe.steps}. Prune the result again to go further."
@@ -193,13 +239,3 @@ def _groups(graph: Graph, recipe: Recipe, units: Units) -> list[Group]:
         why = "; ".join(fixed) or f"the model has no units of kind {', '.join(units.kinds)}"
         raise LayerError(f"pattern {units.name!r}: there is nothing to cut. {why}.")
     return groups
-
-
-def _saliency(model: nn.Module, job: UnitJob, groups: Iterable[Group]) -> tuple[Mapping[str, Tensor], tuple[str, ...]]:
-    """The criterion's saliency of every weight that belongs to a group, by parameter name."""
-    name, score = bind(CRITERIA, job.recipe.criterion)
-    members = {m.tensor for g in groups for m in g.members}
-    layers = {n: layer for n, layer in find_layers(model)[0].items() if n in members}
-    needs = CRITERIA[name].facts["needs"]
-    found = collect(model, layers, needs, batches=job.batches, loss=job.loss, seed=job.recipe.seed, example=job.example)
-    return {n: score(stats) for n, stats in found.layers.items()}, found.notes

@@ -79,7 +79,7 @@ def save(
     if format not in FORMATS:
         raise ArtifactError(f"unknown format {format!r}{did_you_mean(str(format), FORMATS)} Known: {', '.join(FORMATS)}.")
     state = state_of(model)
-    config = config_of(model) if plan is not None and (plan.cuts or plan.dropped) else None
+    config = config_of(model) if plan is not None and plan.structural else None
     pretrained = {} if config is None else {"config.json": config}
     weights = _weight_parts(state, "dense" if pretrained and format == "auto" else format)
     mask_table, stored_masks = mask_parts(masks or {}, state)
@@ -221,7 +221,7 @@ def _first_source(source: str | None) -> str | None:
         return source
     with Artifact(directory) as artifact:
         plan = artifact.plan
-        return source if plan is not None and plan.cuts else artifact.manifest.source
+        return source if plan is not None and plan.structural else artifact.manifest.source
 
 
 def _built(artifact: Artifact) -> nn.Module:
@@ -258,7 +258,7 @@ def _filler(artifact: Artifact, model: nn.Module) -> Filler:
         return Filler(model, entries, aliases)
     except ShapeMismatch as error:
         plan = artifact.plan
-        if plan is None or not (plan.cuts or plan.dropped):
+        if plan is None or not plan.structural:
             raise
         return Filler(_recut(artifact, model, plan, error), entries, aliases)
 
@@ -271,6 +271,7 @@ def _recut(artifact: Artifact, model: nn.Module, plan: Plan, mismatch: ShapeMism
         return recut(model, plan)
     except (ModelError, AttributeError, TypeError, IndexError, ValueError, RuntimeError) as error:
         raise ArtifactError(
-            f"{artifact.path} holds a model from which {len(plan.cuts)} slices were cut, and the cuts do not fit this one: "
+            f"{artifact.path} holds a model from which {len(plan.cuts)} slices and {len(plan.dropped)} blocks were cut, and "
+            "the cuts do not fit this one: "
             f"{mismatch} {error}"
         ) from error
