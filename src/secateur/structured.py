@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from secateur.budgets.choose import kept_within
 from secateur.criteria import CRITERIA
 from secateur.data.batches import Batch, Batches, Loss, inputs_of
 from secateur.errors import LayerError, ModelError, RecipeError
-from secateur.graph import Graph, Group, choose_groups, cut, difference, make_plan, select, trace, unit_scores
+from secateur.graph import Graph, Group, choose_groups, cut, difference, lowest, make_plan, select, trace, unit_scores
+from secateur.graph.choose import Scope
 from secateur.graph.prune import TOLERANCE
 from secateur.job import check_data
 from secateur.layers import check_finite, find_layers, matches
@@ -24,6 +26,10 @@ from secateur.sparsity import check_sparsity
 from secateur.stats import collect
 from secateur.types import MaskSet, Plan
 
+#: Allocations of units that are cut out -> whose units compete: uniform within each group, isomorphic among groups that do the
+#: same in different blocks (Fang et al. 2024, Isomorphic Pruning for Vision Models), global among all.
+ALLOCATIONS: Mapping[str, Scope] = {"uniform": "local", "isomorphic": "isomorphic", "global": "global"}
+
 
 @dataclass(frozen=True)
 class UnitJob:
@@ -31,11 +37,12 @@ class UnitJob:
 
     recipe: Recipe
     units: Units
-    sparsity: float
+    sparsity: float | None  #: None where a budget decides
     batches: Batches | None
     train: Batches | None
     loss: Loss | None
     example: Batch
+    train_loss: Loss | None = None  #: of the fine-tuning, where it is another than `loss`
 
     @property
     def arguments(self) -> Any:
@@ -132,9 +139,15 @@ def choose_units(model: nn.Module, job: UnitJob) -> Chosen:
     scores = unit_scores(model, groups, saliency, "sum" if how == "abs_sum" else how)  # type: ignore[arg-type]
     if how == "abs_sum":
         scores = {g: s.abs() for g, s in scores.items()}
-    scope = "global" if recipe.allocation == "global" else "local"
-    removed = select(graph, groups, scores, job.sparsity, round_to=units.round_to, min_width=units.min_width, scope=scope)
-    return Chosen(graph, removed, make_plan(graph, model, removed), (*graph.notes, *notes))
+    scope = ALLOCATIONS[recipe.allocation or "uniform"]  # type: ignore[index]
+    widths: dict[str, Any] = {"round_to": units.round_to, "min_width": units.min_width, "scope": scope}
+    if job.sparsity is not None:
+        removed = select(graph, groups, scores, job.sparsity, **widths)
+        return Chosen(graph, removed, make_plan(graph, model, removed), (*graph.notes, *notes))
+    kept, budget = kept_within(recipe.budget, model, graph, groups, scores, example=job.arguments, **widths)
+    removed = lowest(groups, scores, kept)
+    plan = replace(make_plan(graph, model, removed), budget=budget)
+    return Chosen(graph, removed, plan, (*graph.notes, *notes))
 
 
 def masks_of(model: nn.Module, plan: Plan) -> MaskSet:
@@ -149,11 +162,13 @@ def masks_of(model: nn.Module, plan: Plan) -> MaskSet:
     return MaskSet(masks)
 
 
-def _check(recipe: Recipe, units: Units) -> float:
-    if recipe.sparsity is None:
-        raise RecipeError("sparsity is missing: give the fraction of units to cut, such as sparsity=0.5")
-    if recipe.allocation not in (None, "uniform", "global"):
-        raise RecipeError(f"pattern {units.name!r} knows the allocations 'uniform' and 'global', got {recipe.allocation!r}")
+def _check(recipe: Recipe, units: Units) -> float | None:
+    if recipe.sparsity is None and recipe.budget is None:
+        raise RecipeError(
+            "sparsity is missing: give the fraction of units to cut, such as sparsity=0.5, or a budget such as '50% MACs'"
+        )
+    if recipe.allocation is not None and recipe.allocation not in list(ALLOCATIONS):
+        raise RecipeError(f"pattern {units.name!r} knows the allocations {', '.join(ALLOCATIONS)}; got {recipe.allocation!r}")
     if recipe.solver != "keep":
         raise RecipeError(
             f"pattern {units.name!r} cuts units out; solver {recipe.solver!r} repairs masked weights. Leave it out."
@@ -162,7 +177,7 @@ def _check(recipe: Recipe, units: Units) -> float:
         raise RecipeError(
             f"pattern {units.name!r} is cut in one step, steps={recipe.steps}. Prune the result again to go further."
         )
-    return check_sparsity(recipe.sparsity)
+    return None if recipe.sparsity is None else check_sparsity(recipe.sparsity)
 
 
 def _groups(graph: Graph, recipe: Recipe, units: Units) -> list[Group]:

@@ -26,11 +26,17 @@ class Need(enum.Enum):
     GRAM = "gram"  #: X X^T over all samples and positions, ``[groups, d, d]`` with d = in * kernel
     NORM_SCALE = "norm_scale"  #: |gamma| of the normalisation that follows the layer
     OUTPUT = "output"  #: statistics of the layer's output
+    MOVEMENT = "movement"  #: sum over training steps of minus gradient times weight
 
     @property
     def data(self) -> bool:
         """Whether calibration batches are needed for it."""
         return self not in (Need.WEIGHT, Need.SYNFLOW_GRAD, Need.NORM_SCALE)
+
+    @property
+    def training(self) -> bool:
+        """Whether the backward passes of a training give it on the way, so that gradual pruning needs no calibration."""
+        return self in (Need.WEIGHT, Need.GRAD, Need.GRAD_SQ, Need.GRAD_ONE, Need.MOVEMENT)
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,7 @@ class LayerStats:
     gram: Tensor | None = None
     norm_scale: Tensor | None = None
     output: Tensor | None = None
+    movement: Tensor | None = None
     samples: int = 0  #: how many samples the statistics saw
     seed: int = 0  #: seed of criteria that draw numbers; already mixed with the layer's position
 
@@ -250,6 +257,32 @@ class LayerPlan:
 
 
 @dataclass(frozen=True)
+class Budget:
+    """What a pruned model was allowed to cost, what was promised, and what was found when it was there."""
+
+    asked: str  #: as it was written: ``50% MACs``
+    unit: str  #: params, MACs, bytes or ms
+    dense: float  #: cost of the model before
+    limit: float
+    promised: float
+    achieved: float | None = None  #: None = not measured, as in a plan
+    low: float | None = None  #: of ms the quartiles of what was achieved
+    high: float | None = None
+
+
+@dataclass(frozen=True)
+class GroupPlan:
+    """Units that are cut alike everywhere: who is coupled to whom, through what, and how many stay."""
+
+    kind: str
+    units: int
+    kept: int
+    members: tuple[str, ...]  #: ``tensor:dim`` of every slice that goes with a unit
+    links: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  #: "added in", "made by", ... -> names of modules
+    reason: str | None = None  #: why it cannot be cut at all
+
+
+@dataclass(frozen=True)
 class Plan:
     """What would be done: how many weights go where, which slices are cut, and what is left alone and why."""
 
@@ -258,6 +291,8 @@ class Plan:
     skipped: Mapping[str, str] = field(default_factory=dict)  #: layer -> reason
     attributes: Mapping[str, int] = field(default_factory=dict)  #: ``module.attribute`` or ``module.attribute[i]`` -> new value
     dropped: tuple[str, ...] = ()  #: whole blocks that are taken out, after the cuts
+    groups: tuple[GroupPlan, ...] = ()  #: what is coupled to what, where units are cut
+    budget: Budget | None = None  #: where one was given
 
     @property
     def sparsity(self) -> float:
@@ -274,7 +309,13 @@ class Plan:
         """The plan that `to_json` wrote."""
         layers = tuple(LayerPlan(**{**p, "shape": tuple(p["shape"])}) for p in data["layers"])
         cuts = tuple(Cut(c["tensor"], int(c["dim"]), tuple(c["kept"])) for c in data["cuts"])
-        return cls(layers, cuts, dict(data["skipped"]), dict(data.get("attributes", {})), tuple(data.get("dropped", ())))
+        attributes, dropped = dict(data.get("attributes", {})), tuple(data.get("dropped", ()))
+        groups = tuple(
+            GroupPlan(**{**g, "members": tuple(g["members"]), "links": {how: tuple(at) for how, at in g["links"].items()}})
+            for g in data.get("groups", ())
+        )
+        budget = Budget(**data["budget"]) if data.get("budget") else None
+        return cls(layers, cuts, dict(data["skipped"]), attributes, dropped, groups, budget)
 
 
 @dataclass(frozen=True)
@@ -363,6 +404,7 @@ class Report:
     recipe: str = ""  #: TOML
     environment: Mapping[str, str] = field(default_factory=dict)
     seconds: float = 0.0
+    budget: Budget | None = None  #: what the model was allowed to cost, where that was asked for
 
     def to_json(self) -> dict[str, Any]:
         """Plain lists and dicts, as `from_json` reads them."""
@@ -382,6 +424,7 @@ class Report:
         )
         data["points"] = tuple(Point(**p) for p in data["points"])
         data["notes"] = tuple(data["notes"])
+        data["budget"] = Budget(**data["budget"]) if data.get("budget") else None
         return cls(**data)
 
 

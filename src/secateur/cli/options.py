@@ -74,6 +74,16 @@ OneSparsity = Annotated[
         "--sparsity", "-s", help="Fraction of the weights to remove, such as 0.5.", show_default=False, rich_help_panel=METHOD
     ),
 ]
+Budget = Annotated[
+    str | None,
+    typer.Option(
+        "--budget",
+        help="What the model may cost at most, instead of a sparsity: '50% MACs', '2M params', '10 MB' or, measured on this"
+        " machine, '5 ms'. Several, separated by commas, are compared.",
+        show_default=False,
+        rich_help_panel=METHOD,
+    ),
+]
 Criteria = Annotated[
     str | None,
     typer.Option(
@@ -106,7 +116,8 @@ Allocation = Annotated[
     typer.Option(
         "--allocation",
         "-a",
-        help="How much each layer loses: global (default), uniform, erk, lamp.",
+        help="How much each layer loses: global (default), uniform, erk, lamp. Of units cut out: uniform (default), isomorphic,"
+        " global.",
         show_default=False,
         rich_help_panel=METHOD,
     ),
@@ -208,3 +219,4 @@ Threads = Annotated[
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON and nothing else.", rich_help_panel=RUN)]
+Full = Annotated[bool, typer.Option("--full", help="Show all of it, with nothing summed up.", rich_help_panel=RUN)]

@@ -76,6 +76,7 @@ class Graph:
         self.notes = tuple(recording.notes)
         self._leaves = _Leaves(coupler.labels)
         self._count_pairs: dict[int, tuple[Array, Array, Array]] = {}
+        self.links: dict[int, dict[str, tuple[str, ...]]] | None = None  #: what `links_of` found
         reasons = self._frozen()
         self.groups: list[Group] = self._find_groups(reasons)
         self._group_of = np.full(coupler.labels.count, -1)
@@ -95,14 +96,18 @@ class Graph:
         parts = np.split(index, edges) if len(index) else []
         return {self._where[where[at]]: distinct(part) for at, part in zip([0, *edges.tolist()], parts, strict=False)}
 
+    def groups_of(self, labels: Array) -> list[int]:
+        """Numbers of the groups whose units decide what is kept of `labels`."""
+        return [g for g in distinct(self._group_of[self.leaves_of(labels)[1]]).tolist() if g >= 0]
+
     def count(self, labels: Array, removed: NDArray[np.bool_]) -> int:
         """How many of `labels` are kept."""
-        index, leaf = self._expanded(labels)
+        index, leaf = self.leaves_of(labels)
         return len(labels) - len(distinct(index[removed[leaf]]))
 
     def mask(self, labels: Array, removed: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """Which of `labels` are kept."""
-        index, leaf = self._expanded(labels)
+        index, leaf = self.leaves_of(labels)
         kept = np.ones(len(labels), bool)
         kept[index[removed[leaf]]] = False
         return kept
@@ -132,7 +137,8 @@ class Graph:
                 return f"{text(left)} {symbol} {text(right)} in {module or 'the model itself'}, which would be {a} {symbol} {b}"
         return None
 
-    def _expanded(self, labels: Array) -> tuple[Array, Array]:
+    def leaves_of(self, labels: Array) -> tuple[Array, Array]:
+        """``(index, leaf)``: position `index` of `labels` goes when any of its leaves goes."""
         key = id(labels)
         if key not in self._count_pairs:
             index, leaf, _ = self._leaves.expand(labels)
@@ -256,7 +262,7 @@ class Graph:
                 g
                 for side in (e.left, e.right)
                 for a in counts_in(side)
-                for g in distinct(self._group_of[self._expanded(a)[1]]).tolist()
+                for g in distinct(self._group_of[self.leaves_of(a)[1]]).tolist()
             }
             groups_in.append(own - {-1})
             for g in own:
