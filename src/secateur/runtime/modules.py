@@ -203,6 +203,9 @@ class DepthwiseConv2d(nn.Module):
     There is nothing to skip in it: it is here because torch's own takes longer than the sparse layers around it.
     """
 
+    weight: Tensor
+    bias: Tensor | None
+
     def __init__(
         self,
         shape: Sequence[int],
@@ -257,7 +260,7 @@ def geometry_of(conv: nn.Conv2d) -> dict[str, Any]:
     """
     if conv.padding_mode != "zeros":
         raise LayerError(f"the kernels pad with zeros, not with {conv.padding_mode!r}")
-    top, left = (0, 0) if conv.padding == "valid" else conv.padding if conv.padding != "same" else (0, 0)
+    top, left = (0, 0) if isinstance(conv.padding, str) else conv.padding
     bottom, right = top, left
     if conv.padding == "same":  # the odd one goes to the end
         total = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -159,6 +160,42 @@ def bitmask_int8() -> BitmaskRuntime:
 def depthwise() -> DepthwiseRuntime:
     """Depthwise convolutions on CPUs: dense, with the activation inside, whatever the sparsity."""
     return DepthwiseRuntime()
+
+
+@dataclass(frozen=True)
+class TritonRuntime:
+    """Linear layers that meet a few rows at a time on GPUs, bound by reading their weight."""
+
+    exact: ClassVar[bool] = True
+    needs_zeros: ClassVar[bool] = True
+
+    def refuses(self, module: nn.Module, example: Tensor) -> str | None:
+        """Linear layers on a CUDA device with at most 16 rows of activations, where Triton is installed."""
+        if example.device.type != "cuda":
+            return f"the Triton kernel needs a CUDA device, the layer runs on {example.device.type}"
+        if type(module) is not nn.Linear:
+            return "the Triton kernel serves linear layers only"
+        if importlib.util.find_spec("triton") is None:
+            return "the Triton kernel needs the package triton"
+        from secateur.runtime.triton_matvec import DTYPES, MOST_VECTORS
+
+        rows = example.shape[:-1].numel()
+        if example.dtype not in DTYPES or module.weight.dtype != example.dtype:
+            return f"the Triton kernel does not take {module.weight.dtype} weights with {example.dtype} activations"
+        return f"{rows} rows of activations: the Triton kernel takes at most {MOST_VECTORS}" if rows > MOST_VECTORS else None
+
+    def convert(self, module: nn.Module) -> nn.Module:
+        """A `TritonLinear` for the same weight and bias."""
+        from secateur.runtime.triton_matvec import TritonLinear
+
+        assert isinstance(module, nn.Linear)
+        return TritonLinear(module.weight, module.bias)
+
+
+@RUNTIMES.register("triton-bitmask", source="own kernel; bit masks after Parashar et al. 2017, SCNN")
+def triton_bitmask() -> TritonRuntime:
+    """As bitmask, on GPUs: linear layers of up to 16 rows of activations, bound by reading their weight."""
+    return TritonRuntime()
 
 
 @RUNTIMES.register("2:4", source="Mishra et al. 2021, Accelerating Sparse Deep Neural Networks")
