@@ -87,7 +87,7 @@ def time_bars(layers: Sequence[LayerTime], width: float) -> Figure:
         text = f"{dense / sparse:.1f}x" if layer.replaced and sparse else "dense"
         axes.annotate(text, (max(dense, sparse), row), (5, 0), textcoords="offset points", va="center", color=colour("ink"))
     axes.set_xlim(0, None)
-    axes.xaxis.set_major_locator(_few_ticks(width))
+    axes.xaxis.set_major_locator(_few_ticks())
     _label(axes, "Milliseconds", "")
     return figure
 
@@ -227,12 +227,6 @@ def _quality_y(axes: Axes, metric: Metric) -> None:
         axes.yaxis.set_major_formatter(lambda v, _: f"{v:g}%")
     else:
         axes.yaxis.set_major_formatter(lambda v, _: f"{v:,.10g}")
-
-
-def _few_ticks(width: float) -> MaxNLocator:
-    from matplotlib.ticker import MaxNLocator
-
-    return MaxNLocator(4 if width < 500 else 8)
 
 
 def _label(axes: Axes, x: str, y: str) -> None:
