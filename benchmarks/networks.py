@@ -6,6 +6,7 @@ layers are pruned. Weights or data that are absent raise, with the remedy.
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,6 +31,13 @@ class Case:
 
     model: nn.Module
     inputs: list[tuple[Tensor, ...]]
+
+    @property
+    def example(self) -> Tensor | dict[str, Tensor]:
+        """The first input as `secateur.deploy` takes it: a tensor, or tensors by the names of the arguments."""
+        names = inspect.signature(self.model.forward).parameters
+        first = self.inputs[0]
+        return first[0] if len(first) == 1 else dict(zip(names, first, strict=True))
 
 
 def cifar(size: int, count: int) -> list[Tensor]:
