@@ -169,7 +169,7 @@ class NextToken(nn.Module):
 def smollm2(sparsity: float) -> Case:
     """SmolLM2-135M decoding one token after 64 of WikiText-2; the output layer, which is the embedding, stays dense."""
     loaded = load_model(f"{EXAMPLES / 'smollm2.py'}:make")
-    model: Any = loaded.model.float()
+    model: Any = loaded.model
     prune(model, sparsity)
     steps = []
     with torch.no_grad():

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from secateur.data.batches import Batch, device_of, forward, inputs_of, output_tensor, to_device
 from secateur.errors import ModelError, RecipeError
-from secateur.measure.latency import compare_latency
+from secateur.measure.latency import Comparison, compare_latency
 from secateur.measure.modes import using_threads
 from secateur.progress import track
 from secateur.runtime import fold, pool
@@ -148,7 +148,7 @@ def _choose(
     if not fits:
         few = sparsity < LEAST_SPARSITY
         return changed(choice, reason=f"only {sparsity:.0%} of its weights are zero" if few else _common(refusals))
-    times = compare_latency(_with_activation({"dense": module, **fits}, activation), x, seconds=seconds)
+    times = _compare(_with_activation({"dense": module, **fits}, activation), x, seconds)
     best = max(fits, key=lambda key: times[key].speedup)
     choice = changed(
         choice, dense_ms=times["dense"].latency.median_ms, sparse_ms={key: times[key].latency.median_ms for key in fits}
@@ -180,7 +180,7 @@ def _choose_pool(model: nn.Module, name: str, module: nn.Module, x: Tensor | Non
     choice = LayerChoice(name, (), tuple(x.shape) if x is not None else None, 0.0, "dense")
     if x is None or x.device.type != "cpu" or not fold.is_plain(module):
         return changed(choice, reason="the example does not call it on the CPU, or it has hooks")
-    times = compare_latency({"dense": module, _POOL: pool.SlicedMaxPool2d()}, x, seconds=seconds)
+    times = _compare({"dense": module, _POOL: pool.SlicedMaxPool2d()}, x, seconds)
     choice = changed(choice, dense_ms=times["dense"].latency.median_ms, sparse_ms={_POOL: times[_POOL].latency.median_ms})
     if times[_POOL].speedup < _GAIN:
         return changed(choice, reason=f"{_POOL} gives {times[_POOL].speedup:.2f}x")
@@ -216,7 +216,7 @@ def _finish(
             f"the deployed model's output differs by {error:.1e} of its largest value from the model's own. "
             "Does the model give the same output twice? If so this is a defect: please report it."
         )
-    times = compare_latency({"dense": dense, "fast": fast}, example, seconds=max(5 * seconds, 0.05))
+    times = _compare({"dense": dense, "fast": fast}, example, max(5 * seconds, 0.05))
     replaced = sum(layer.runtime != "dense" for layer in summary.layers)
     speedup = times["fast"].speedup
     notes: tuple[str, ...] = ()
@@ -235,6 +235,12 @@ def _finish(
     )
     log.info("deployed %d of %d layers: %.2fx", replaced if fast is not dense else 0, len(summary.layers), speedup)
     return fast
+
+
+def _compare(models: dict[str, nn.Module], example: Batch, seconds: float) -> dict[str, Comparison]:
+    """Times in turns. On one thread of a CPU its own time counts, so that a busy machine leads to the same choices."""
+    alone = torch.get_num_threads() == 1 and all(device_of(model).type == "cpu" for model in models.values())
+    return compare_latency(models, example, seconds=seconds, cpu_time=alone)
 
 
 def relative_error(got: Tensor, expected: Tensor) -> float:
