@@ -175,11 +175,13 @@ def network(make: Callable[[float], Any], sparsity: float, threads: int, seconds
     with torch.inference_mode(False):
         case = make(sparsity)
     clock, args = clock_for(threads), case.inputs[0]
-    models = {"eager": case.model, "deployed": deploy(case.model, case.example, seconds=0.1)}
+    layers = sum(isinstance(m, (torch.nn.Linear, torch.nn.Conv2d)) for m in case.model.modules())
+    each = min(0.1, 4 / layers)
+    models = {"eager": case.model, "deployed": deploy(case.model, case.example, seconds=each)}
     if any(isinstance(m, torch.nn.Linear) for m in case.model.modules()) and args[0].shape[-1] == 1:  # bound by memory
         names = ("bitmask-bfloat16", "bitmask-int8")
         models |= {
-            name.removeprefix("bitmask-"): deploy(case.model, case.example, runtimes=[name], seconds=0.1) for name in names
+            name.removeprefix("bitmask-"): deploy(case.model, case.example, runtimes=[name], seconds=each) for name in names
         }
     notes: dict[str, str] = {}
     if compiled:

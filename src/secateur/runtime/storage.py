@@ -14,6 +14,7 @@ from secateur.errors import ArtifactError
 from secateur.runtime import fold
 from secateur.runtime.modules import DepthwiseConv2d, SparseConv2d, SparseLayer, SparseLinear
 from secateur.runtime.pool import SlicedMaxPool2d
+from secateur.runtime.triton_matvec import TritonLinear
 
 _KEY = "secateur.deployed"
 _VERSION = 1
@@ -29,11 +30,13 @@ _DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.bfloa
 def save(model: nn.Module, path: str | Path) -> None:
     """Write a model that `deploy` returned. `load` needs a fresh dense model of the same architecture to read it into.
 
-    Layers run by 2:4 tensors belong to their GPU and are not saved: ArtifactError.
+    Layers that run on GPUs (2:4, Triton) are not saved: ArtifactError.
     """
     from safetensors.torch import save_file
 
     path = Path(path)
+    if any(isinstance(module, TritonLinear) for module in model.modules()):
+        raise ArtifactError("layers of the Triton kernel are made on their GPU and are not saved; save the dense model")
     names = {module: name for name, module in model.named_modules()}
     layers = {names[m]: _describe(m) for m in model.modules() if isinstance(m, (SparseLayer, DepthwiseConv2d, SlicedMaxPool2d))}
     summary = getattr(model, "summary", None)

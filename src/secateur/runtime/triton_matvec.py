@@ -1,16 +1,15 @@
 """One to sixteen vectors times a bitmask matrix on GPUs, in Triton: memory-bound, so weights stay compressed on the way in.
 
-Imported only where it is used: it needs the `triton` package, which comes with torch for CUDA. With TRITON_INTERPRET=1 in the
-environment the same kernel runs on the CPU, slowly, which is how it is tested where there is no GPU.
+It needs the `triton` package, which comes with torch for CUDA. With TRITON_INTERPRET=1 in the environment the same kernel runs
+on the CPU, slowly, which is how it is tested where there is no GPU.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor, nn
 
 from secateur.errors import LayerError
@@ -45,30 +44,37 @@ def pack(weight: Tensor) -> Packed:
     return Packed(mask, (ends - counts).to(torch.int32).view(rows, chunks), weight[kept[:, :columns]].contiguous())
 
 
-@triton.jit
-def _kernel(  # type: ignore[no-untyped-def]
-    x, mask, starts, values, bias, y, rows, columns, chunks, vectors,
-    ROWS: tl.constexpr, WORDS: tl.constexpr, VECTORS: tl.constexpr, BIASED: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    live = row < rows
-    vector = tl.arange(0, VECTORS)
-    total = tl.zeros([ROWS, VECTORS], tl.float32)
-    for chunk in range(0, chunks):
-        word = chunk * WORDS + tl.arange(0, WORDS)
-        bits = tl.load(mask + row[:, None] * (chunks * WORDS) + word[None, :], mask=live[:, None], other=0)
-        kept = tl.reshape((bits[:, :, None] >> tl.arange(0, 32)[None, None, :]) & 1, [ROWS, WORDS * 32])
-        place = tl.cumsum(kept, 1) - kept
-        first = tl.load(starts + row * chunks + chunk, mask=live, other=0)
-        w = tl.load(values + first[:, None] + place, mask=kept != 0, other=0.0).to(tl.float32)
-        column = chunk * WORDS * 32 + tl.arange(0, WORDS * 32)
-        for v in tl.static_range(VECTORS):
-            known = (column < columns) & (column * 0 + v < vectors)
-            xs = tl.load(x + v * columns + column, mask=known, other=0.0).to(tl.float32)
-            total += tl.where(vector[None, :] == v, tl.sum(w * xs[None, :], axis=1)[:, None], 0.0)
-    if BIASED:
-        total += tl.load(bias + row, mask=live, other=0.0).to(tl.float32)[:, None]
-    tl.store(y + vector[None, :] * rows + row[:, None], total, mask=live[:, None] & (vector < vectors)[None, :])
+@functools.cache
+def _kernel() -> Any:
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def kernel(  # type: ignore[no-untyped-def]
+        x, mask, starts, values, bias, y, rows, columns, chunks, vectors,
+        ROWS: tl.constexpr, WORDS: tl.constexpr, VECTORS: tl.constexpr, BIASED: tl.constexpr,
+    ):  # fmt: skip
+        row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+        live = row < rows
+        vector = tl.arange(0, VECTORS)
+        total = tl.zeros([ROWS, VECTORS], tl.float32)
+        for chunk in range(0, chunks):
+            word = chunk * WORDS + tl.arange(0, WORDS)
+            bits = tl.load(mask + row[:, None] * (chunks * WORDS) + word[None, :], mask=live[:, None], other=0)
+            kept = tl.reshape((bits[:, :, None] >> tl.arange(0, 32)[None, None, :]) & 1, [ROWS, WORDS * 32])
+            place = tl.cumsum(kept, 1) - kept
+            first = tl.load(starts + row * chunks + chunk, mask=live, other=0)
+            w = tl.load(values + first[:, None] + place, mask=kept != 0, other=0.0).to(tl.float32)
+            column = chunk * WORDS * 32 + tl.arange(0, WORDS * 32)
+            for v in tl.static_range(VECTORS):
+                known = (column < columns) & (column * 0 + v < vectors)
+                xs = tl.load(x + v * columns + column, mask=known, other=0.0).to(tl.float32)
+                total += tl.where(vector[None, :] == v, tl.sum(w * xs[None, :], axis=1)[:, None], 0.0)
+        if BIASED:
+            total += tl.load(bias + row, mask=live, other=0.0).to(tl.float32)[:, None]
+        tl.store(y + vector[None, :] * rows + row[:, None], total, mask=live[:, None] & (vector < vectors)[None, :])
+
+    return kernel
 
 
 def matvec(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
@@ -87,8 +93,8 @@ def matvec(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
         raise LayerError(f"activations of {columns} columns do not go with a weight of {chunks} chunks of {CHUNK} columns")
     y = torch.empty(flat.shape[0], rows, dtype=x.dtype, device=x.device)
     if y.numel():
-        vectors = triton.next_power_of_2(flat.shape[0])
-        _kernel[(triton.cdiv(rows, _ROWS),)](
+        vectors = 1 << (flat.shape[0] - 1).bit_length()
+        _kernel()[(-(-rows // _ROWS),)](
             flat, packed.mask, packed.starts, packed.values, bias if bias is not None else flat, y, rows, columns, chunks,
             flat.shape[0], ROWS=_ROWS, WORDS=CHUNK // 32, VECTORS=vectors, BIASED=bias is not None,
         )  # fmt: skip
