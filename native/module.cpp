@@ -29,6 +29,14 @@ Bytes give(Buffer&& buffer) {
     return Bytes(data, {size}, owner);
 }
 
+// Sizes of the input, and kernel, stride, padding, dilation and padding at the end; eight numbers pad both ends alike.
+ConvShape shape_of(const nb::tuple& input, const nb::tuple& geometry) {
+    const auto in = [&](int i) { return nb::cast<int64_t>(input[i]); };
+    const auto at = [&](int i) { return nb::cast<int64_t>(geometry[i]); };
+    const int end = nb::len(geometry) > 8 ? 8 : 4;
+    return {in(0), in(1), in(2), in(3), at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7), at(end), at(end + 1)};
+}
+
 const Kernels& kernels(const std::string& isa) {
     const Kernels* found = find_kernels(isa.c_str());
     if (!found) throw std::invalid_argument("this machine cannot run " + isa + " kernels; it has " + available_kernels());
@@ -68,7 +76,7 @@ NB_MODULE(_native, m) {
             }
             return give(std::move(out));
         },
-        "Dense [rows, cols] to a bitmask and its values.");
+        nb::arg("weight"), nb::arg("rows"), nb::arg("cols"), nb::arg("type"), nb::arg("threads") = 1, "Dense [rows, cols] to a bitmask and its values.");
     m.def(
         "unpack_bits",
         [](uintptr_t bits, int64_t bytes, int64_t rows, int64_t cols, uintptr_t weight) {
@@ -96,9 +104,7 @@ NB_MODULE(_native, m) {
     m.def(
         "conv2d",
         [](uintptr_t program, int64_t bytes, int64_t out, uintptr_t x, nb::tuple input, nb::tuple geometry, uintptr_t y, uintptr_t bias, int activation, int threads, const std::string& isa) {
-            const auto in = [&](int i) { return nb::cast<int64_t>(input[i]); };
-            const auto at = [&](int i) { return nb::cast<int64_t>(geometry[i]); };
-            const ConvShape shape{in(0), in(1), in(2), in(3), at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7), at(8), at(9)};
+            const ConvShape shape = shape_of(input, geometry);
             const Kernels& k = kernels(isa);
             const Program& weight = as_program(pointer<void>(program), bytes, out, -1);
             if (weight.cols * weight.groups != shape.channels * shape.kernel_h * shape.kernel_w)
@@ -111,9 +117,7 @@ NB_MODULE(_native, m) {
     m.def(
         "depthwise",
         [](uintptr_t weight, uintptr_t x, nb::tuple input, nb::tuple geometry, uintptr_t y, uintptr_t bias, int activation, int threads, const std::string& isa) {
-            const auto in = [&](int i) { return nb::cast<int64_t>(input[i]); };
-            const auto at = [&](int i) { return nb::cast<int64_t>(geometry[i]); };
-            const ConvShape shape{in(0), in(1), in(2), in(3), at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7), at(8), at(9)};
+            const ConvShape shape = shape_of(input, geometry);
             const Kernels& k = kernels(isa);
             nb::gil_scoped_release release;
             depthwise(k, pointer<const float>(weight), pointer<const float>(x), shape, pointer<float>(y), {pointer<const float>(bias), static_cast<Activation>(activation)}, threads);
