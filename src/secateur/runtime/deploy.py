@@ -28,6 +28,7 @@ _CANDIDATES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _POOL = "sliced max-pool"
 _GAIN = 1.05  #: a layer is replaced from this speedup on; less is within the noise
 _TOLERANCE = 1e-3  #: relative difference of outputs above which something is broken
+_CACHE = 32 << 20  #: bytes of weights from which on a model does not stay in the caches from one pass to the next
 _FUSING = (SparseLayer, DepthwiseConv2d)  #: layers that can apply the activation behind them
 
 
@@ -69,8 +70,9 @@ def deploy(
         folded = _fold(dense, example)
         fast = copy.deepcopy(dense)
         inputs, activations = _inputs(fast, example), _activations(fast, example)
+        evict = _evictor(fast)
         choices = tuple(
-            _choose(fast, name, module, inputs.get(module), activations.get(name), tried, seconds)
+            _choose(fast, name, module, inputs.get(module), activations.get(name), tried, seconds, evict)
             for name, module in track(_layers(fast), "timing layers")
         )
         choices = _take_out(fast, choices, activations)
@@ -130,6 +132,7 @@ def _choose(
     activation: nn.Module | None,
     runtimes: dict[str, Runtime],
     seconds: float,
+    evict: Tensor | None,
 ) -> LayerChoice:
     """Time one layer, together with the activation that could go into it, put the fastest into `model`, and say so."""
     if not isinstance(module, _CANDIDATES):
@@ -148,7 +151,7 @@ def _choose(
     if not fits:
         few = sparsity < LEAST_SPARSITY
         return changed(choice, reason=f"only {sparsity:.0%} of its weights are zero" if few else _common(refusals))
-    times = _compare(_with_activation({"dense": module, **fits}, activation), x, seconds)
+    times = _compare(_with_activation({"dense": module, **fits}, activation), x, seconds, evict)
     best = max(fits, key=lambda key: times[key].speedup)
     choice = changed(
         choice, dense_ms=times["dense"].latency.median_ms, sparse_ms={key: times[key].latency.median_ms for key in fits}
@@ -237,10 +240,18 @@ def _finish(
     return fast
 
 
-def _compare(models: dict[str, nn.Module], example: Batch, seconds: float) -> dict[str, Comparison]:
+def _evictor(model: nn.Module) -> Tensor | None:
+    """What to read between runs of a layer so that its weights are as cold as in the whole model; None for small models."""
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    return torch.ones(2 * _CACHE // 4) if weights > _CACHE and device_of(model).type == "cpu" else None
+
+
+def _compare(
+    models: dict[str, nn.Module], example: Batch, seconds: float, evict: Tensor | None = None
+) -> dict[str, Comparison]:
     """Times in turns. On one thread of a CPU its own time counts, so that a busy machine leads to the same choices."""
     alone = torch.get_num_threads() == 1 and all(device_of(model).type == "cpu" for model in models.values())
-    return compare_latency(models, example, seconds=seconds, cpu_time=alone)
+    return compare_latency(models, example, seconds=seconds, cpu_time=alone, evict=evict)
 
 
 def relative_error(got: Tensor, expected: Tensor) -> float:
