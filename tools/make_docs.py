@@ -17,6 +17,7 @@ from secateur.patterns import PATTERNS
 from secateur.recipe import Recipe
 from secateur.schedules import SCHEDULES
 from secateur.solvers import SOLVERS
+from secateur.train.regrow import REGROW
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 SECTIONS = {
@@ -24,6 +25,7 @@ SECTIONS = {
     "Patterns": (PATTERNS, "What is removed together: `pattern=`."),
     "Allocations": (ALLOCATIONS, "How much each layer loses: `allocation=`."),
     "Schedules": (SCHEDULES, "How the sparsity grows over the steps: `schedule=`."),
+    "Regrowth": (REGROW, "Whether removed weights come back during gradual pruning: `regrow=`."),
     "Solvers": (SOLVERS, "Who chooses the mask and repairs the weights that stay: `solver=`."),
 }
 

@@ -33,6 +33,7 @@ class Job:
     train: Batches | None
     loss: Loss | None
     example: Batch | None
+    train_loss: Loss | None = None  #: of the fine-tuning, where it is another than `loss`
 
     @property
     def pattern_name(self) -> str:
@@ -95,6 +96,10 @@ def prepare(
 
 def check_data(recipe: Recipe, criterion: str, needs: Collection[Need], batches: Batches | None, train: Batches | None) -> None:
     """Raise RecipeError where the recipe needs batches that were not given."""
+    if Need.MOVEMENT in needs:
+        raise RecipeError(f"criterion {criterion!r} follows the weights through a training: use sc.gradual in a training loop")
+    if name_of(recipe.regrow) != "none":
+        raise RecipeError(f"regrow {recipe.regrow!r} is for pruning during a training: use sc.gradual in a training loop")
     if recipe.finetune is not None and train is None:
         raise RecipeError("finetune needs batches to train on: pass train= (or data=)")
     if batches is not None:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from secateur.data.batches import Batch, Loss
+from secateur.errors import RecipeError
 from secateur.export.artifact import check_target, save
 from secateur.job import Job, prepare
 from secateur.layers import find_layers
@@ -31,6 +32,7 @@ from secateur.resume import Progress
 from secateur.selection import choose, solve
 from secateur.solved import SolvedSoFar
 from secateur.structured import UnitJob, choose_units, cut_units, prepare_units
+from secateur.train.distill import Distillation
 from secateur.train.finetune import finetune
 from secateur.types import LayerPlan, MaskSet, Measurement, Plan, Point, Report, Result, Sensitivity, Solved
 
@@ -98,6 +100,7 @@ def prune(
         before = measure(model, job.example, evaluate=evaluate, latency=inplace)
     original = {n: p.detach().clone() if inplace else p.detach() for n, p in model.named_parameters()}
     progress = Progress(out, wanted.to_toml(), model) if out is not None and _is_long(job) else None
+    job = replace(job, train_loss=_train_loss(model, wanted, loss, inplace))
     outcome = _carry_out(job, model, evaluate, before, progress, inplace)
     after = measure(outcome.model, job.example, evaluate=evaluate, latency=inplace)
     if not inplace:
@@ -176,6 +179,16 @@ def _carry_out(
     return _Outcome(pruned, solved.masks, _plan(job, solved.masks), points, list(solved.notes), solved.errors)
 
 
+def _train_loss(teacher: nn.Module, recipe: Recipe, loss: Loss | None, inplace: bool) -> Loss | None:
+    """What fine-tuning minimises: the distance to the unpruned model where the recipe distils, else `loss`."""
+    distil = None if recipe.finetune is None else recipe.finetune.distill
+    if distil is None:
+        return loss
+    if inplace:
+        raise RecipeError("finetune.distill learns from the unpruned model, which inplace=True does not keep: leave it out")
+    return Distillation(teacher, loss=loss, **distil.model_dump())
+
+
 def _steps(
     job: Job, model: nn.Module, evaluate: Evaluate | None, points: list[Point], progress: Progress | None
 ) -> tuple[Solved, list[Point]]:
@@ -219,9 +232,10 @@ def _repair(job: Job | UnitJob, model: nn.Module, step: int, masks: MaskSet | No
     if job.recipe.reestimate_norms and job.batches is not None:
         reestimate_norms(model, job.batches)
     if job.recipe.finetune is not None and job.train is not None:
-        settings = job.recipe.finetune.model_dump()
+        settings = job.recipe.finetune.model_dump(exclude={"distill"})
         checkpoint = None if progress is None else progress.training
-        finetune(model, job.train, masks=masks, loss=job.loss, seed=job.recipe.seed + step, checkpoint=checkpoint, **settings)
+        loss = job.train_loss or job.loss
+        finetune(model, job.train, masks=masks, loss=loss, seed=job.recipe.seed + step, checkpoint=checkpoint, **settings)
 
 
 def _point(job: Job | UnitJob, sparsity: float, quality: Mapping[str, float]) -> Point:

@@ -24,6 +24,32 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
 
 
+def _weight(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+#: At least 0; or a pair, at the begin and at the end of the training.
+_Share = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Weight = Annotated[_Share | tuple[_Share, _Share], BeforeValidator(_weight)]
+
+
+class Distill(_Strict):
+    """The unpruned model as the teacher: what the pruned one is asked to repeat, each part with a weight."""
+
+    logits: Weight = 0.0
+    """Of the divergence from the teacher's softened outputs."""
+    output: Weight = 0.0
+    """Of the relative squared difference of the outputs."""
+    hidden: Weight = 0.0
+    """Of the relative squared difference of the outputs of all blocks."""
+    attention: Weight = 0.0
+    """Of the divergence from the teacher's attention maps."""
+    task: Weight = 0.0
+    """Of the task's own loss."""
+    temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 2.0
+    """By which logits are divided."""
+
+
 class FineTune(_Strict):
     """Training after each pruning step, with the masks held."""
 
@@ -39,6 +65,8 @@ class FineTune(_Strict):
     """Momentum of SGD."""
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the steps during which the learning rate rises linearly."""
+    distill: Distill | None = None
+    """Learn from the unpruned model, instead of from labels or beside them."""
 
 
 class Recipe(_Strict):
@@ -60,9 +88,12 @@ class Recipe(_Strict):
     pattern: Piece = "element"
     """What is removed together: element, row, neuron, n:m ("2:4" keeps 2 of 4), block ("4x1")."""
     allocation: Piece | None = None
-    """How much each layer loses. By default global, and uniform for n:m."""
+    """How much each layer loses. By default global, and uniform for n:m. Of units cut out: uniform (the default), global,
+    or isomorphic, by which those of groups that do the same in different blocks compete."""
     schedule: Piece = "one-shot"
     """How the sparsity grows over the steps."""
+    regrow: Piece = "none"
+    """Of gradual pruning: whether removed weights may come back (splice, rigl, set, frozen)."""
     steps: Annotated[int, Field(ge=1, le=10_000)] = 1
     """Pruning steps. After each one statistics are taken anew, and the model is fine-tuned where that is asked for."""
     solver: Piece = "keep"
@@ -175,4 +206,5 @@ def _is_branch(part: int | str) -> bool:
 
 
 def _fields(model: type[BaseModel], path: list[str]) -> list[str]:
-    return list(FineTune.model_fields) if path == ["finetune"] else list(model.model_fields)
+    known: dict[tuple[str, ...], type[BaseModel]] = {("finetune",): FineTune, ("finetune", "distill"): Distill}
+    return list(known.get(tuple(path), model).model_fields)

@@ -1,6 +1,6 @@
 """The only top-k in the project: exact counts, ties broken by index (the lower index is kept), streamed when large.
 
-Scores are ordered by the bits of their float32 value, so two scores tie exactly when they are equal. A threshold that
+Scores are ordered by their value, float32 or float64, so two scores tie exactly when they are equal. A threshold that
 would remove all of a tie, or none of it, is never used alone: what is equal to it is counted out by index.
 """
 
@@ -12,13 +12,15 @@ from dataclasses import dataclass
 import torch
 from torch import BoolTensor, IntTensor, Tensor
 
-#: Gives the same float32 tensors, in the same order, each time it is called.
+from secateur.types import INTEGERS, bits_of
+
+#: Gives the same float32 or float64 tensors, in the same order, each time it is called.
 Parts = Callable[[], Iterable[Tensor]]
 
 _CHUNK = 1 << 17  # elements handled at a time: half a megabyte stays in cache and bounds the extra memory
 _SMALL_UNITS = 16  # up to here ranks within a group come from pairwise comparison, which beats sorting by far
 _SMALL_TOTAL = 1 << 12  # up to here a sort is faster than a guess and a pass to check it
-_LOW = 16  # bits of the ordered key that the second counting pass resolves
+_BITS = 16  # of the ordered key that one counting pass resolves
 _STEP = 256  # one in so many values is looked at to guess between which two scores the threshold lies
 _FEW = 1 << 16  # so few scores may always be left undecided by the guess
 _MARGIN = 6.0  # standard deviations of the sampled rank by which the guess is widened
@@ -42,7 +44,7 @@ def top(scores: Tensor, keep: Tensor) -> BoolTensor:
     """Mask of the ``keep[g]`` highest scores in each group ``g``.
 
     Args:
-        scores: float32 ``[groups, units]`` without NaN; -inf is allowed.
+        scores: float32 or float64 ``[groups, units]`` without NaN; -inf is allowed.
         keep: integer ``[groups]``, each between 0 and ``units``.
 
     Returns:
@@ -70,7 +72,7 @@ def top(scores: Tensor, keep: Tensor) -> BoolTensor:
 def split_counts(parts: Parts, keep: int) -> list[int]:
     """How many of the `keep` highest scores of all `parts` together lie in each part.
 
-    `parts` gives the same float32 tensors, in the same order, each time it is called: they need not exist at once. Ties are
+    `parts` gives the same tensors, in the same order, each time it is called: they need not exist at once. Ties are
     broken by the order of parts, then by index. The counts sum to `keep`.
     """
     _, above, equal = _threshold(parts, keep)
@@ -168,19 +170,20 @@ def _between(parts: Parts, low: float, high: float) -> list[_Found]:
 
 
 def _by_counting(parts: Parts, k: int) -> float:
-    """The k-th largest value in two passes over the ordered bits of float32: the upper half's bin, then the lower half."""
-    upper = _histogram((_key(c) >> _LOW for part in parts() for c in _chunks(part)), offset=1 << 15)
-    bin_, k = _find(upper, k)
-    key_high = bin_ - (1 << 15)
-
-    def inside() -> Iterable[Tensor]:
-        for part in parts():
-            for chunk in _chunks(part):
-                key = _key(chunk)
-                yield key[(key >> _LOW) == key_high] & ((1 << _LOW) - 1)
-
-    low, _ = _find(_histogram(inside(), offset=0), k)
-    return _value((key_high << _LOW) | low)
+    """The k-th largest value in passes over the ordered bits, 16 a pass from the highest on: 2 for float32, 4 for float64."""
+    dtype = next(iter(parts())).dtype
+    highest = 8 * dtype.itemsize - _BITS
+    prefix = 0  # the bits found so far
+    for shift in range(highest, -1, -_BITS):
+        offset = 1 << (_BITS - 1) if shift == highest else 0  # the highest bits are signed
+        counts = torch.zeros(1 << _BITS, dtype=torch.int64)
+        for key in (_key(chunk) for part in parts() for chunk in _chunks(part)):
+            if shift < highest:
+                key = key[(key >> (shift + _BITS)) == prefix] & ((1 << (shift + _BITS)) - 1)
+            counts += torch.bincount((key >> shift) + offset, minlength=1 << _BITS).cpu()
+        bin_, k = _find(counts, k)
+        prefix = (prefix << _BITS) + bin_ - offset
+    return _value(prefix, dtype)
 
 
 def _chunks(part: Tensor) -> Sequence[Tensor]:
@@ -188,21 +191,17 @@ def _chunks(part: Tensor) -> Sequence[Tensor]:
 
 
 def _key(values: Tensor) -> Tensor:
-    """Int32 keys in the order of the float32 values; -0.0 and 0.0 share one."""
-    bits = (values + 0.0).view(torch.int32)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    """Integer keys, as wide as the values and in their order; -0.0 and 0.0 share one."""
+    bits = bits_of(values + 0.0)
+    width = 8 * bits.element_size()
+    return bits ^ ((bits >> (width - 1)) & ((1 << (width - 1)) - 1))
 
 
-def _value(key: int) -> float:
-    bits = key ^ 0x7FFFFFFF if key < 0 else key
-    return float(torch.tensor(bits, dtype=torch.int32).view(torch.float32))
-
-
-def _histogram(keys: Iterable[Tensor], offset: int) -> Tensor:
-    counts = torch.zeros(1 << 16, dtype=torch.int64)
-    for key in keys:
-        counts += torch.bincount(key.reshape(-1) + offset, minlength=1 << 16).cpu()
-    return counts
+def _value(key: int, dtype: torch.dtype) -> float:
+    """The inverse of `_key`."""
+    width = 8 * dtype.itemsize
+    bits = key ^ ((1 << (width - 1)) - 1) if key < 0 else key
+    return float(torch.tensor(bits, dtype=INTEGERS[dtype.itemsize]).view(dtype))
 
 
 def _find(counts: Tensor, k: int) -> tuple[int, int]:

@@ -104,16 +104,30 @@ def prunable(
     return fit, {**skipped, **refused}
 
 
+#: Scores and whether each unit was kept so far, both ``[groups, units]`` -> the scores to choose by.
+Prefer = Callable[[Tensor, Tensor], Tensor]
+
+
+def stays_removed(scores: Tensor, kept: Tensor) -> Tensor:
+    """-inf where a unit was removed before: what is gone stays gone, and counts as removed."""
+    return torch.where(kept, scores, -torch.inf)
+
+
 class Scores(Mapping[str, UnitScores]):
     """Unit scores of every layer, computed one layer at a time whenever they are asked for.
 
-    Units that `previous` masks removed score -inf: what is gone stays gone, and counts as removed.
+    What becomes of units that `previous` masks removed is up to `prefer`.
     """
 
     def __init__(
-        self, layers: Mapping[str, Layer], stats: Mapping[str, LayerStats], method: Method, previous: MaskSet | None = None
+        self,
+        layers: Mapping[str, Layer],
+        stats: Mapping[str, LayerStats],
+        method: Method,
+        previous: MaskSet | None = None,
+        prefer: Prefer = stays_removed,
     ):
-        self._layers, self._stats, self._method, self._previous = layers, stats, method, previous
+        self._layers, self._stats, self._method, self._previous, self._prefer = layers, stats, method, previous, prefer
         self._units = {n: self._make(n) for n in layers}
 
     def __getitem__(self, name: str) -> UnitScores:
@@ -144,7 +158,7 @@ class Scores(Mapping[str, UnitScores]):
         self._check(name, scores)
         if self._previous is not None and name in self._previous:
             mask = layer.canonical(self._previous[name]).to(scores.device)
-            scores = torch.where(method.pattern.fold(mask).any(2), scores, -torch.inf)
+            scores = self._prefer(scores, method.pattern.fold(mask).any(2))
         return scores
 
     def _check(self, name: str, scores: Tensor) -> None:
@@ -161,18 +175,23 @@ def choose(
     sparsity: float,
     method: Method,
     previous: MaskSet | None = None,
+    prefer: Prefer = stays_removed,
 ) -> MaskSet:
     """Masks that remove `sparsity` of the units of `layers`, by the method; the solver's weights are not wanted.
 
-    `previous` masks are respected: what they removed stays removed and counts towards the sparsity. Where the pattern
-    removes whole outputs there are masks of their biases too.
+    `previous` masks are respected: what they removed stays removed and counts towards the sparsity, unless `prefer` says
+    otherwise.
     """
-    scores = Scores(layers, stats, method, previous)
+    scores = Scores(layers, stats, method, previous, prefer)
     counts = method.allocation(scores, sparsity)
+    return to_masks(layers, method, {name: top(scores[name].scores, counts[name]) for name in layers})
+
+
+def to_masks(layers: Mapping[str, Layer], method: Method, kept: Mapping[str, Tensor]) -> MaskSet:
+    """The masks of kept units ``[groups, units]``; where the pattern removes whole outputs, of their biases too."""
     masks: dict[str, Tensor] = {}
     for name, layer in layers.items():
-        units = scores[name]
-        _add_masks(masks, layer, method, method.pattern.unfold(top(units.scores, counts[name]), units.shape))
+        _add_masks(masks, layer, method, method.pattern.unfold(kept[name], layer.shape))  # type: ignore[arg-type]
     return MaskSet(masks)
 
 

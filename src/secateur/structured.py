@@ -13,6 +13,7 @@ from secateur.criteria import CRITERIA
 from secateur.data.batches import Batch, Batches, Loss, inputs_of
 from secateur.errors import LayerError, ModelError, RecipeError
 from secateur.graph import Graph, Group, choose_groups, cut, difference, make_plan, select, trace, unit_scores
+from secateur.graph.choose import Scope
 from secateur.graph.prune import TOLERANCE
 from secateur.job import check_data
 from secateur.layers import check_finite, find_layers, matches
@@ -23,6 +24,10 @@ from secateur.repair_units import refit
 from secateur.sparsity import check_sparsity
 from secateur.stats import collect
 from secateur.types import MaskSet, Plan
+
+#: Allocations of units that are cut out -> whose units compete: uniform within each group, isomorphic among groups that do the
+#: same in different blocks (Fang et al. 2024, Isomorphic Pruning for Vision Models), global among all.
+ALLOCATIONS: Mapping[str, Scope] = {"uniform": "local", "isomorphic": "isomorphic", "global": "global"}
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,7 @@ class UnitJob:
     train: Batches | None
     loss: Loss | None
     example: Batch
+    train_loss: Loss | None = None  #: of the fine-tuning, where it is another than `loss`
 
     @property
     def arguments(self) -> Any:
@@ -132,7 +138,7 @@ def choose_units(model: nn.Module, job: UnitJob) -> Chosen:
     scores = unit_scores(model, groups, saliency, "sum" if how == "abs_sum" else how)  # type: ignore[arg-type]
     if how == "abs_sum":
         scores = {g: s.abs() for g, s in scores.items()}
-    scope = "global" if recipe.allocation == "global" else "local"
+    scope = ALLOCATIONS[recipe.allocation or "uniform"]  # type: ignore[index]
     removed = select(graph, groups, scores, job.sparsity, round_to=units.round_to, min_width=units.min_width, scope=scope)
     return Chosen(graph, removed, make_plan(graph, model, removed), (*graph.notes, *notes))
 
@@ -152,8 +158,8 @@ def masks_of(model: nn.Module, plan: Plan) -> MaskSet:
 def _check(recipe: Recipe, units: Units) -> float:
     if recipe.sparsity is None:
         raise RecipeError("sparsity is missing: give the fraction of units to cut, such as sparsity=0.5")
-    if recipe.allocation not in (None, "uniform", "global"):
-        raise RecipeError(f"pattern {units.name!r} knows the allocations 'uniform' and 'global', got {recipe.allocation!r}")
+    if recipe.allocation is not None and recipe.allocation not in list(ALLOCATIONS):
+        raise RecipeError(f"pattern {units.name!r} knows the allocations {', '.join(ALLOCATIONS)}; got {recipe.allocation!r}")
     if recipe.solver != "keep":
         raise RecipeError(
             f"pattern {units.name!r} cuts units out; solver {recipe.solver!r} repairs masked weights. Leave it out."

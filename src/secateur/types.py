@@ -26,11 +26,17 @@ class Need(enum.Enum):
     GRAM = "gram"  #: X X^T over all samples and positions, ``[groups, d, d]`` with d = in * kernel
     NORM_SCALE = "norm_scale"  #: |gamma| of the normalisation that follows the layer
     OUTPUT = "output"  #: statistics of the layer's output
+    MOVEMENT = "movement"  #: sum over training steps of minus gradient times weight
 
     @property
     def data(self) -> bool:
         """Whether calibration batches are needed for it."""
         return self not in (Need.WEIGHT, Need.SYNFLOW_GRAD, Need.NORM_SCALE)
+
+    @property
+    def training(self) -> bool:
+        """Whether the backward passes of a training give it on the way, so that gradual pruning needs no calibration."""
+        return self in (Need.WEIGHT, Need.GRAD, Need.GRAD_SQ, Need.GRAD_ONE, Need.MOVEMENT)
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,7 @@ class LayerStats:
     gram: Tensor | None = None
     norm_scale: Tensor | None = None
     output: Tensor | None = None
+    movement: Tensor | None = None
     samples: int = 0  #: how many samples the statistics saw
     seed: int = 0  #: seed of criteria that draw numbers; already mixed with the layer's position
 
@@ -250,6 +257,18 @@ class LayerPlan:
 
 
 @dataclass(frozen=True)
+class GroupPlan:
+    """Units that are cut alike everywhere: who is coupled to whom, through what, and how many stay."""
+
+    kind: str
+    units: int
+    kept: int
+    members: tuple[str, ...]  #: ``tensor:dim`` of every slice that goes with a unit
+    links: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  #: "added in", "made by", ... -> names of modules
+    reason: str | None = None  #: why it cannot be cut at all
+
+
+@dataclass(frozen=True)
 class Plan:
     """What would be done: how many weights go where, which slices are cut, and what is left alone and why."""
 
@@ -258,6 +277,7 @@ class Plan:
     skipped: Mapping[str, str] = field(default_factory=dict)  #: layer -> reason
     attributes: Mapping[str, int] = field(default_factory=dict)  #: ``module.attribute`` or ``module.attribute[i]`` -> new value
     dropped: tuple[str, ...] = ()  #: whole blocks that are taken out, after the cuts
+    groups: tuple[GroupPlan, ...] = ()  #: what is coupled to what, where units are cut
 
     @property
     def sparsity(self) -> float:
@@ -274,7 +294,12 @@ class Plan:
         """The plan that `to_json` wrote."""
         layers = tuple(LayerPlan(**{**p, "shape": tuple(p["shape"])}) for p in data["layers"])
         cuts = tuple(Cut(c["tensor"], int(c["dim"]), tuple(c["kept"])) for c in data["cuts"])
-        return cls(layers, cuts, dict(data["skipped"]), dict(data.get("attributes", {})), tuple(data.get("dropped", ())))
+        attributes, dropped = dict(data.get("attributes", {})), tuple(data.get("dropped", ()))
+        groups = tuple(
+            GroupPlan(**{**g, "members": tuple(g["members"]), "links": {how: tuple(at) for how, at in g["links"].items()}})
+            for g in data.get("groups", ())
+        )
+        return cls(layers, cuts, dict(data["skipped"]), attributes, dropped, groups)
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ def random_stats(shape: tuple[int, ...], seed: int = 0, **changes) -> LayerStats
     def normal(*size: int) -> Tensor:
         return torch.randn(*(size or shape), generator=generator)
 
-    full = {n.value: normal() for n in (Need.WEIGHT, Need.GRAD, Need.GRAD_ONE, Need.HESSIAN_GRAD)}
+    full = {n.value: normal() for n in (Need.WEIGHT, Need.GRAD, Need.GRAD_ONE, Need.HESSIAN_GRAD, Need.MOVEMENT)}
     full |= {n.value: normal().square() for n in (Need.GRAD_SQ, Need.SYNFLOW_GRAD)}
     full["input_norm"] = normal(1, *shape[1:]).abs()
     return LayerStats(name="layer.weight", samples=8, seed=3, **{**full, **changes})
@@ -49,7 +49,6 @@ def check_declaration(entry: Entry) -> None:
     assert Need.WEIGHT in entry.facts["needs"]
     assert all(isinstance(n, Need) for n in entry.facts["needs"])
     assert entry.facts["reduction"] in REDUCTIONS, f"{entry.name}: unknown reduction {entry.facts['reduction']!r}"
-    assert isinstance(entry.facts["gradual"], bool)
     assert entry.source, f"{entry.name}: no source"
     assert entry.summary.endswith("."), f"{entry.name}: no summary"
 

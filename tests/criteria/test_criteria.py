@@ -30,10 +30,6 @@ def test_random_depends_on_the_seed_only():
     assert abs(first.mean() - 0.5) < 0.03
 
 
-def test_what_can_be_scored_during_training_without_data():
-    assert {n for n, e in CRITERIA.items() if e.facts["gradual"]} == {"magnitude", "random", "lamp", "synflow"}
-
-
 def test_default_reductions():
     found = {n: e.facts["reduction"] for n, e in CRITERIA.items()}
     assert found.pop("taylor") == "abs_sum"
@@ -44,14 +40,14 @@ def test_default_reductions():
 def test_a_new_criterion_is_one_decorated_function(monkeypatch):
     monkeypatch.setattr(REGISTRY, "_entries", dict(REGISTRY._entries))
 
-    @criterion("squared", needs={Need.GRAD}, source="an example", gradual=True)
+    @criterion("squared", needs={Need.GRAD}, source="an example")
     def squared(layer: LayerStats) -> torch.Tensor:
         """The square of the weight."""
         return layer.weight.square()
 
     entry = CRITERIA["squared"]
     assert entry.make is squared
-    assert entry.facts == {"needs": frozenset({Need.GRAD, Need.WEIGHT}), "reduction": "sum", "gradual": True}
+    assert entry.facts == {"needs": frozenset({Need.GRAD, Need.WEIGHT}), "reduction": "sum"}
     assert entry.summary == "The square of the weight."
     with pytest.raises(ValueError, match="twice"):
         criterion("squared", needs=(), source="again")(squared)

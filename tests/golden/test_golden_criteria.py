@@ -196,7 +196,7 @@ def test_the_needs_of_each_criterion():
     needs = {name: sorted(n.value for n in e.facts["needs"] - {Need.WEIGHT}) for name, e in CRITERIA.items()}
     assert needs == {
         "magnitude": [], "random": [], "lamp": [], "taylor": ["grad"], "snip": ["grad_one"], "grasp": ["hessian_grad"],
-        "synflow": ["synflow_grad"], "obd": ["grad_sq"], "wanda": ["input_norm"],
+        "synflow": ["synflow_grad"], "obd": ["grad_sq"], "wanda": ["input_norm"], "movement": ["movement"],
     }  # fmt: skip
 
 

@@ -207,7 +207,7 @@ def test_dense_networks_lose_whole_neurons_for_real():
     ("changes", "words"),
     [
         ({}, "pass example="),
-        ({"solver": "keep", "allocation": "erk"}, "'uniform' and 'global'"),
+        ({"solver": "keep", "allocation": "erk"}, "uniform, isomorphic, global"),
         ({"steps": 3, "schedule": "cubic"}, "one step"),
         ({"sparsity": None}, "missing"),
         ({"criterion": "taylor"}, "pass data="),

@@ -81,10 +81,24 @@ def test_guess_and_counting_agree_on_distributions_that_mislead_a_sample(distrib
         assert select.kth_largest(lambda: values.split(1_000_001), k) == float(values.kthvalue(n - k + 1).values)
 
 
-def test_kth_largest_is_exact_at_every_rank_of_awkward_values():
-    values = torch.tensor([0.0, -0.0, 1e-45, -1e-45, 3.4e38, -3.4e38, float("-inf"), 1.0, 1.0000001, -1.0, float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_kth_largest_is_exact_at_every_rank_of_awkward_values(dtype):
+    values = [0.0, -0.0, 1e-45, -1e-45, 3.4e38, -3.4e38, float("-inf"), 1.0, 1.0000001, -1.0, float("inf"), 1 + 1e-16, 5e-324]
+    values = torch.tensor(values, dtype=dtype)
     ordered = values.sort(descending=True).values
     assert [select.kth_largest(lambda: [values], k + 1) for k in range(len(values))] == ordered.tolist()
+    assert [select._by_counting(lambda: [values], k + 1) for k in range(len(values))] == ordered.tolist()
+
+
+@pytest.mark.parametrize("levels", [3, 10**6])
+def test_float64_is_told_apart_where_float32_is_not(levels):
+    n = select._SMALL_TOTAL * 2
+    gen = torch.Generator().manual_seed(0)
+    scores = 1 + torch.randint(levels, (n,), generator=gen).double() * 1e-15
+    mask = select.top(scores[None], torch.tensor([n // 3]))[0]
+    expected = torch.zeros(n, dtype=torch.bool)
+    expected[scores.sort(descending=True, stable=True).indices[: n // 3]] = True
+    assert torch.equal(mask, expected)
 
 
 def test_counts_are_the_nearest_whole_number_and_are_spread_evenly():

@@ -127,7 +127,7 @@ def test_what_is_removed_stays_removed_whatever_the_criterion_says(perverse):
 
 def served():
     """Criteria that a training step can feed, as their declared needs say."""
-    fed = {Need.WEIGHT, Need.GRAD, Need.GRAD_ONE}
+    fed = {Need.WEIGHT, Need.GRAD, Need.GRAD_ONE, Need.GRAD_SQ, Need.MOVEMENT}
     return {name: CRITERIA[name].facts["needs"] <= fed for name in CRITERIA}
 
 
@@ -150,7 +150,7 @@ def test_criteria_that_need_more_are_refused(name):
         sc.gradual(model, adam(model), sparsity=0.5, criterion=name, end=5)
 
 
-def test_taylor_reads_the_gradients_of_the_last_backward():
+def test_taylor_reads_the_gradients_of_the_steps():
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     with sc.gradual(model, optimizer, sparsity=0.5, criterion="taylor", begin=1, end=2, schedule="one-shot") as pruner:
@@ -164,13 +164,13 @@ def test_taylor_reads_the_gradients_of_the_last_backward():
             assert torch.equal(mask, scores[name] >= cut)
 
 
-def test_zeroed_gradients_are_explained():
+def test_missing_gradients_are_explained():
     model = network()
     optimizer = adam(model)
     with sc.gradual(model, optimizer, sparsity=0.5, criterion="snip", begin=0, end=5) as pruner:
         optimizer.step()
         with pytest.raises(
-            TrainingError, match=r"'snip' needs gradients, and '0\.weight' has none.*before optimizer\.zero_grad"
+            TrainingError, match=r"gradients are needed \(grad_one\), and '0\.weight' has none.*backward\(\) before"
         ):
             pruner.step()
     with (

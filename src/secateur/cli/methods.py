@@ -18,7 +18,7 @@ def command(
     ] = None,
     json: o.Json = False,
 ) -> None:
-    """List the methods that recipes can name: criteria, patterns, allocations, schedules, solvers.
+    """List the methods that recipes can name: criteria, patterns, allocations, schedules, regrowth, solvers.
 
     Example: secateur methods taylor
     """
@@ -44,9 +44,10 @@ def all_pieces() -> list[dict[str, Any]]:
     from secateur.patterns import PATTERNS
     from secateur.schedules import SCHEDULES
     from secateur.solvers import SOLVERS
+    from secateur.train.regrow import REGROW
 
     pieces = []
-    for registry in (CRITERIA, PATTERNS, ALLOCATIONS, SCHEDULES, SOLVERS):
+    for registry in (CRITERIA, PATTERNS, ALLOCATIONS, SCHEDULES, REGROW, SOLVERS):
         for entry in registry.values():
             needs = sorted(n.value for n in entry.facts.get("needs", ()))
             options = {k: v for k, v in entry.options.items() if isinstance(v, (int, float, str, bool, type(None)))}

@@ -106,7 +106,8 @@ Allocation = Annotated[
     typer.Option(
         "--allocation",
         "-a",
-        help="How much each layer loses: global (default), uniform, erk, lamp.",
+        help="How much each layer loses: global (default), uniform, erk, lamp. Of units cut out: uniform (default), isomorphic,"
+        " global.",
         show_default=False,
         rich_help_panel=METHOD,
     ),
@@ -208,3 +209,4 @@ Threads = Annotated[
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON and nothing else.", rich_help_panel=RUN)]
+Full = Annotated[bool, typer.Option("--full", help="Show all of it, with nothing summed up.", rich_help_panel=RUN)]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from secateur.cli import options as o
 from secateur.cli.console import err, out, print_json, progress_bars
 
 NEEDS_ARGUMENTS = True
+_DIGITS = re.compile(r"\d+")
 
 
 def command(
@@ -26,9 +28,14 @@ def command(
     batch_size: o.BatchSize = 32,
     limit: o.Limit = None,
     threads: o.Threads = None,
+    full: o.Full = False,
     json: o.Json = False,
 ) -> None:
     """Show what a recipe would remove, layer by layer. Nothing is changed or written.
+
+    Where units are cut out (pattern channel, head, width, ...), every group of slices that live or die together is shown:
+    who is coupled to whom and through what, and which groups cannot be cut and why. Groups that do the same in different
+    blocks are shown once; --full shows all of them with all names, --json everything as data.
 
     Example: secateur plan timm:resnet18 --sparsity 0.9 --allocation erk
     """
@@ -48,7 +55,9 @@ def command(
         print_json(plan)
         return
     out.print(plan_table(plan))
-    print_skipped(plan.skipped)
+    print_groups(plan.groups, full=full)
+    told = {m.rpartition(":")[0] for g in plan.groups for m in g.members if g.reason}
+    print_skipped({name: why for name, why in plan.skipped.items() if name not in told})
 
 
 def plan_table(plan: Any) -> Any:
@@ -67,6 +76,43 @@ def plan_table(plan: Any) -> Any:
         removed = layer.parameters - layer.kept
         table.add_row(layer.name, shape, f"{layer.parameters:,}", f"{removed:,}", f"{layer.sparsity:.1%}")
     return table
+
+
+def print_groups(groups: Sequence[Any], *, full: bool) -> None:
+    """Who is coupled to whom and through what, then what cannot be cut and why; alike groups once, unless `full`."""
+    for group, others in _alike([g for g in groups if g.reason is None], _doing, full):
+        also = f" (and {others} alike)" if others else ""
+        out.print(f"\n[bold]{group.kind}[/bold] {group.kept} of {group.units} stay{also}")
+        out.print(f"  slices {_names(group.members, full)}", markup=False)
+        for how, where in group.links.items():
+            out.print(f"  {how} {_names(where, full)}", markup=False)
+    frozen = _alike([g for g in groups if g.reason is not None], lambda g: g.reason.rpartition(" (")[0] or g.reason, full)
+    if frozen:
+        out.print("\n[bold]cannot be cut[/bold]")
+    for group, others in frozen:
+        also = f" (and {others} more for this reason)" if others else ""
+        out.print(f"  {_names(group.members, full)}: {group.reason}{also}", markup=False)
+
+
+def _alike(groups: Iterable[Any], key: Callable[[Any], Any], full: bool) -> list[tuple[Any, int]]:
+    """The first group of every sort, and how many more there are of it."""
+    if full:
+        return [(g, 0) for g in groups]
+    first: dict[Any, list[Any]] = {}
+    for group in groups:
+        first.setdefault(key(group), []).append(group)
+    return [(same[0], len(same) - 1) for same in first.values()]
+
+
+def _doing(group: Any) -> Any:
+    """Equal for groups that do the same in different blocks of a network."""
+    members = frozenset(_DIGITS.sub("#", m) for m in group.members)
+    return group.kind, group.units, group.kept, members, tuple(group.links)
+
+
+def _names(names: Sequence[str], full: bool) -> str:
+    shown = names if full or len(names) <= 5 else names[:4]
+    return ", ".join(shown) + (f", and {len(names) - len(shown)} more" if len(shown) < len(names) else "")
 
 
 def print_skipped(skipped: Mapping[str, str]) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from secateur.criteria import grasp, lamp, magnitude, obd, random, snip, synflow, taylor, wanda
+from secateur.criteria import grasp, lamp, magnitude, movement, obd, random, snip, synflow, taylor, wanda
 from secateur.criteria.registry import CRITERIA, Criterion, criterion
 
 __all__ = ["CRITERIA", "Criterion", "criterion"]
-_BUILT_IN = (grasp, lamp, magnitude, obd, random, snip, synflow, taylor, wanda)  # importing one registers it
+_BUILT_IN = (grasp, lamp, magnitude, movement, obd, random, snip, synflow, taylor, wanda)  # importing one registers it

@@ -17,15 +17,12 @@ F = TypeVar("F", bound=Criterion)
 CRITERIA: Registry[Criterion] = Registry("criterion")
 
 
-def criterion(
-    name: str, *, needs: Collection[Need], source: str, reduction: str = "sum", gradual: bool | None = None
-) -> Callable[[F], F]:
+def criterion(name: str, *, needs: Collection[Need], source: str, reduction: str = "sum") -> Callable[[F], F]:
     """File a criterion under `name`. This is all that a new one takes to appear in recipes, the command line and the tests.
 
     `needs` are the statistics that it reads from `LayerStats`; `source` is the paper, year and equation. `reduction` names
     how a pattern makes a unit's score of its elements' unless the recipe says otherwise: ``sum``, ``mean``, ``l2``, ``max`` or
-    ``abs_sum``. `gradual` says whether weights can be scored with it again and again during training without
-    calibration batches; by default it follows from `needs`. The registry entry's facts hold `needs`, `reduction`, `gradual`.
+    ``abs_sum``. The registry entry's facts hold `needs` and `reduction`.
 
         @criterion("squared", needs={Need.WEIGHT}, source="an example")
         def squared(layer: LayerStats) -> Tensor:
@@ -33,7 +30,5 @@ def criterion(
             return layer.weight.square()
     """
     wanted = frozenset(needs) | {Need.WEIGHT}
-    if gradual is None:
-        gradual = not any(need.data for need in wanted)
-    register = CRITERIA.register(name, source=source, needs=wanted, reduction=reduction, gradual=gradual)
+    register = CRITERIA.register(name, source=source, needs=wanted, reduction=reduction)
     return register  # type: ignore[return-value]

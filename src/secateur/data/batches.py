@@ -72,7 +72,11 @@ def output_tensor(output: Any) -> Tensor:
 
 def default_loss(model: nn.Module, batch: Batch) -> Tensor:
     """The model's own ``.loss`` where it gives one, else cross-entropy of its logits with the batch's labels."""
-    output = forward(model, batch)
+    return loss_of(forward(model, batch), batch)
+
+
+def loss_of(output: Any, batch: Batch) -> Tensor:
+    """`default_loss` of an output that is there already."""
     own = getattr(output, "loss", None)
     if isinstance(own, Tensor):
         return own

@@ -1,11 +1,14 @@
 """Structural pruning: trace, couple, cut. Which slices live or die together, and removing them for real."""
 
 from secateur.graph.blocks import block_importance, drop_blocks, plan_without, removable_blocks
+from secateur.graph.choose import kept_counts, lowest, select
 from secateur.graph.config import fit_config
 from secateur.graph.cut import cut, recut
 from secateur.graph.graph import Graph, Group, Member, trace
-from secateur.graph.prune import choose_groups, make_plan, prune_channels, select, unit_scores
+from secateur.graph.plan import make_plan
+from secateur.graph.prune import choose_groups, prune_channels
 from secateur.graph.rules import rule
+from secateur.graph.scores import unit_scores
 from secateur.graph.verify import difference, masked_output
 
 __all__ = [
@@ -18,6 +21,8 @@ __all__ = [
     "difference",
     "drop_blocks",
     "fit_config",
+    "kept_counts",
+    "lowest",
     "make_plan",
     "masked_output",
     "plan_without",

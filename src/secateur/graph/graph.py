@@ -76,6 +76,7 @@ class Graph:
         self.notes = tuple(recording.notes)
         self._leaves = _Leaves(coupler.labels)
         self._count_pairs: dict[int, tuple[Array, Array, Array]] = {}
+        self.links: dict[int, dict[str, tuple[str, ...]]] | None = None  #: what `links_of` found
         reasons = self._frozen()
         self.groups: list[Group] = self._find_groups(reasons)
         self._group_of = np.full(coupler.labels.count, -1)
@@ -94,6 +95,10 @@ class Graph:
         edges = np.flatnonzero(np.diff(where)) + 1
         parts = np.split(index, edges) if len(index) else []
         return {self._where[where[at]]: distinct(part) for at, part in zip([0, *edges.tolist()], parts, strict=False)}
+
+    def groups_of(self, labels: Array) -> list[int]:
+        """Numbers of the groups whose units decide what is kept of `labels`."""
+        return [g for g in distinct(self._group_of[self._expanded(labels)[1]]).tolist() if g >= 0]
 
     def count(self, labels: Array, removed: NDArray[np.bool_]) -> int:
         """How many of `labels` are kept."""

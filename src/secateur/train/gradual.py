@@ -9,19 +9,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from secateur.errors import RecipeError, TrainingError
 from secateur.recipe import Recipe
 from secateur.schedules import make_schedule
-from secateur.selection import Method, choose, prunable, resolve, target_sparsity
+from secateur.selection import Method, prunable, resolve, target_sparsity
 from secateur.stats import collect
 from secateur.train.hold import Held, hold, unwrapped
+from secateur.train.loop import mixed
+from secateur.train.regrow import REGROW, Choice, make_regrow
+from secateur.train.running import Running
+from secateur.train.shadow import Shadow
 from secateur.types import LayerStats, MaskSet, Need
 
 log = logging.getLogger("secateur")
-_FROM_BACKWARD = {Need.GRAD, Need.GRAD_ONE}  #: what a training step leaves in ``.grad``
 
 
 def gradual(
@@ -36,9 +39,10 @@ def gradual(
 ) -> Gradual:
     """Prune `model` step by step while the user's own loop trains it (Zhu and Gupta 2017).
 
-    A context manager. Call its ``step()`` after each ``optimizer.step()`` and before gradients are zeroed. At steps `begin`,
-    ``begin + every``, ... and `end` new masks are chosen, so that `sparsity` is reached at `end` exactly; between them, and
-    afterwards until the block ends, masks are held as by `hold`. What is removed stays removed.
+    A context manager. Call its ``step()`` after each ``optimizer.step()``. At steps `begin`, ``begin + every``, ... and `end`
+    new masks are chosen, so that `sparsity` is reached at `end` exactly; between them, and afterwards until the block ends,
+    masks are held as by `hold`. What is removed stays removed, unless `regrow` names a rule by which it comes back until
+    `end`: ``"splice"`` (Dynamic Network Surgery), ``"rigl"``, ``"set"``, or ``"frozen"`` (movement pruning).
 
     Args:
         model: what is trained; it may be compiled or wrapped by DistributedDataParallel.
@@ -48,7 +52,8 @@ def gradual(
         every: steps between two choices; weights need some to recover, 100 in large trainings.
         recipe: a `Recipe`, a mapping, or the path of a TOML or JSON file. Its schedule is cubic where it names none.
         changes: any key of the recipe, laid over it: ``sparsity=0.9, criterion="taylor", ignore=["head"], ...``. The criterion
-            is of weights, or of weights and the gradients that the last backward left in ``.grad``.
+            is of weights, or of what the backward passes give on the way: gradients and their squares, averaged over the
+            steps since the last choice, and movement.
 
     Raises:
         RecipeError: a schedule that ends before it begins, an unknown name, or a criterion that needs calibration data.
@@ -72,7 +77,7 @@ def gradual(
     method = resolve(
         criterion=wanted.criterion, pattern=wanted.pattern, allocation=wanted.allocation, reduction=wanted.reduction
     )
-    if beyond := sorted(need.value for need in method.needs - _FROM_BACKWARD if need.data or need is Need.SYNFLOW_GRAD):
+    if beyond := sorted(need.value for need in method.needs if not need.training):
         raise RecipeError(
             f"criterion {method.criterion_name!r} needs {', '.join(beyond)}, which a training step does not give. "
             "Choose one of weights or gradients for gradual pruning, or use sc.prune with several steps."
@@ -101,6 +106,11 @@ class Gradual:
         self._masks = MaskSet({n: torch.ones_like(layer.parameter, dtype=torch.bool) for n, layer in self._layers.items()})
         self._step = 0
         self._held: Held | None = None
+        self._full: dict[str, Tensor] = {}
+        self._regrow_name, self._regrow = make_regrow(recipe.regrow)
+        self._facts = REGROW[self._regrow_name].facts
+        needs = method.needs | self._facts["needs"]
+        self._running = Running(self._layers, needs, self._value, lambda: self._due(self._step + 1))
 
     @property
     def masks(self) -> MaskSet:
@@ -115,19 +125,20 @@ class Gradual:
     def step(self) -> None:
         """Count one step of the optimizer, and choose new masks where one is due.
 
-        Raises TrainingError outside the ``with`` block, or where gradients are needed and were zeroed already;
+        Raises TrainingError outside the ``with`` block, or where gradients are needed and no backward pass gave any;
         NonFiniteError where weights or gradients are NaN or infinite.
         """
         if self._held is None:
             raise TrainingError("gradual pruning holds masks only inside its block: with sc.gradual(...) as pruner: ...")
         self._step += 1
-        since = self._step - self._begin
-        if self._step == self._end or (since >= 0 and self._step < self._end and since % self._every == 0):
+        if self._due(self._step):
             self._choose()
 
     def state_dict(self) -> dict[str, Any]:
         """Numbers and tensors from which `load_state_dict` goes on; save it with the model's and the optimizer's."""
-        return {"step": self._step, **self._plan(), "masks": dict(self._masks)}
+        full = self._held.full if isinstance(self._held, Shadow) else self._full
+        running = self._running.state_dict()
+        return {"step": self._step, **self._plan(), "masks": dict(self._masks), "full": dict(full), "running": running}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state. Raises TrainingError where it is of another schedule or of other layers."""
@@ -138,18 +149,28 @@ class Gradual:
         if other := set(state["masks"]) - biases ^ set(self._layers):
             raise TrainingError(f"this state is of other layers: {', '.join(sorted(other))} are in one and not in the other")
         self._step = int(state["step"])
-        self._masks = MaskSet(state["masks"])
-        if self._held is not None:
+        self._masks, self._full = MaskSet(state["masks"]), dict(state["full"])
+        self._running.load_state_dict(state["running"])
+        if isinstance(self._held, Shadow):
+            self._held.restore(self._masks, self._full)
+        elif self._held is not None:
             self._held.update(self._masks)
 
     def __enter__(self) -> Gradual:
-        self._held = hold(self._optimizer, self._masks, self._model)
+        if self._facts["removed"] == "zero" or self._step >= self._end:
+            self._held = hold(self._optimizer, self._masks, self._model)
+        else:
+            trained = self._facts["removed"] == "trained"
+            self._held = Shadow(self._optimizer, self._masks, self._model, trained=trained, full=self._full)
+        self._watching = self._running.watch(self._optimizer)
         if self._step == 0 == self._begin and self._schedule(0.0, self._target) > 0.0:
             self._choose()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._held is not None:
+            self._watching.remove()
+            self._full = self._held.full if isinstance(self._held, Shadow) else {}
             self._held.release()
             self._held = None
         if kind is None and self._step < self._end:
@@ -161,32 +182,45 @@ class Gradual:
                 self._target,
             )
 
-    def _plan(self) -> dict[str, float]:
-        return {"sparsity": self._target, "begin": self._begin, "end": self._end, "every": self._every}
+    def _plan(self) -> dict[str, Any]:
+        steps = {"begin": self._begin, "end": self._end, "every": self._every}
+        return {"sparsity": self._target, **steps, "regrow": self._regrow_name}
+
+    def _due(self, step: int) -> bool:
+        """Whether masks are chosen after step number `step`, from 1."""
+        since = step - self._begin
+        return step == self._end or (since >= 0 and step < self._end and since % self._every == 0)
+
+    def _value(self, name: str) -> Tensor:
+        """All weights of a parameter, removed ones too where they are not lost."""
+        if isinstance(self._held, Shadow):
+            return self._held.value(name)
+        return self._layers[name].parameter.detach()
 
     def _choose(self) -> None:
         """New masks for the sparsity that the schedule wants now."""
-        sparsity = self._schedule((self._step - self._begin) / (self._end - self._begin), self._target)
+        progress = (self._step - self._begin) / (self._end - self._begin)
+        sparsity = self._schedule(progress, self._target)
         if sparsity == 0.0:
             return
-        masks = choose(self._layers, self._stats(), sparsity=sparsity, method=self._method, previous=self._masks)
+        seed = mixed(self._seed, "choose", self._step)
+        choice = Choice(self._layers, self._stats(), self._method, sparsity, self._masks, progress, seed)
+        masks = self._regrow(choice)
         assert self._held is not None
         self._held.update(masks)
         self._masks = masks
+        self._running.clear()
+        if self._step == self._end and isinstance(self._held, Shadow):
+            self._held.release()
+            self._held = hold(self._optimizer, masks, self._model)
 
     def _stats(self) -> dict[str, LayerStats]:
         stats = collect(self._model, self._layers, {Need.WEIGHT}, seed=self._seed).layers
-        if not self._method.needs & _FROM_BACKWARD:
-            return stats
+        needed = self._method.needs | (self._facts["needs"] if not all(m.all() for m in self._masks.values()) else set())
         for name, layer in self._layers.items():
-            if layer.parameter.grad is None:
-                when = "begin at 1 or later" if self._step == 0 else "call pruner.step() before optimizer.zero_grad()"
-                raise TrainingError(
-                    f"criterion {self._method.criterion_name!r} needs gradients, and {name!r} has none "
-                    f"at step {self._step}: {when}"
-                )
-            grad = layer.canonical(layer.parameter.grad).float()
-            stats[name] = replace(stats[name], grad=grad, grad_one=grad)
+            weight = layer.canonical(self._value(name)).float()
+            found: dict[str, Any] = self._running.take(name, layer, needed)
+            stats[name] = replace(stats[name], weight=weight, **found)
         return stats
 
 

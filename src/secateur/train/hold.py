@@ -14,7 +14,7 @@ from torch.optim import ASGD, LBFGS, SGD, Adadelta, Adagrad, Adam, Adamax, AdamW
 from secateur.errors import LayerError, TrainingError, did_you_mean
 from secateur.types import INTEGERS, MaskSet
 
-_COMPILED = "_orig_mod."  # what torch.compile puts into the names of a module's parameters
+COMPILED = "_orig_mod."  # what torch.compile puts into the names of a module's parameters
 #: Optimizers in which an entry's step depends on that entry alone, so that gradients of removed weights do no harm.
 _ELEMENTWISE = {SGD, Adam, AdamW, RMSprop, Adagrad, Adadelta, Adamax, NAdam, RAdam, ASGD, Rprop}
 
@@ -82,7 +82,7 @@ class Held:
             optimizer.register_state_dict_pre_hook(lambda _: self._clear_state()),
             optimizer.register_load_state_dict_post_hook(lambda _: self._clear_state()),
         ]
-        if type(optimizer) not in _ELEMENTWISE:
+        if self._acts_before_steps():
             self._handles.append(optimizer.register_step_pre_hook(self._before_step))
 
     @property
@@ -118,6 +118,9 @@ class Held:
     def __exit__(self, *exception: object) -> None:
         self.release()
 
+    def _acts_before_steps(self) -> bool:
+        return type(self._optimizer) not in _ELEMENTWISE
+
     def _set(self, masks: Mapping[str, BoolTensor]) -> None:
         self._entries = [self._entry(name, mask) for name, mask in masks.items()]
         self._masks = masks if isinstance(masks, MaskSet) else MaskSet(masks)
@@ -125,7 +128,7 @@ class Held:
         self._clear_state()
 
     def _entry(self, name: str, mask: Tensor) -> _Entry:
-        parameter = self._parameters.get(name.replace(_COMPILED, ""))
+        parameter = self._parameters.get(name.replace(COMPILED, ""))
         if parameter is None:
             raise TrainingError(
                 f"the optimizer does not own the masked parameter {name!r}{did_you_mean(name, self._parameters)} "
@@ -200,4 +203,4 @@ def _named_parameters(optimizer: Optimizer, model: nn.Module | None) -> dict[str
             "the optimizer does not know its parameters by name: build it with model.named_parameters() instead of "
             "model.parameters(), or call hold(optimizer, masks, model=model)"
         )
-    return {name.replace(_COMPILED, ""): parameter for name, parameter in named}
+    return {name.replace(COMPILED, ""): parameter for name, parameter in named}

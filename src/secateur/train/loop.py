@@ -20,6 +20,7 @@ from secateur.errors import DataError, Interrupted, TrainingError
 from secateur.measure.quality import Evaluate, qualities
 from secateur.progress import advance
 from secateur.train.checkpoint import load_state, save_state
+from secateur.train.distill import Distillation
 from secateur.train.hold import Held
 from secateur.train.interrupt import Stop
 
@@ -118,6 +119,8 @@ class Loop:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.zero_grad()
+        if isinstance(self.loss, Distillation):
+            self.loss.progress = self.step / self.rate.steps
         loss = self.loss(self.model, batch)
         value = self._value(loss)
         if not math.isfinite(value):

@@ -1,0 +1,103 @@
+"""Masks under which removed weights are not lost: they wait with their values, or go on being trained, and may come back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import BoolTensor, Tensor, nn
+from torch.optim import Optimizer
+
+from secateur.errors import TrainingError
+from secateur.train.hold import COMPILED, Held
+
+
+class Shadow(Held):
+    """As `Held`, with the full value of every masked parameter kept beside the model.
+
+    The model itself always has exact zeros where weights are removed. Where `trained`, each step of the optimizer is made
+    on the full values with the gradients of the masked ones (the straight-through estimator); otherwise removed weights
+    stay at the value that they had. Costs a second copy of the masked weights, and two more passes over them a step where
+    `trained`.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        masks: Mapping[str, BoolTensor],
+        model: nn.Module | None = None,
+        *,
+        trained: bool,
+        full: Mapping[str, Tensor] | None = None,
+    ):
+        self._trained = trained
+        self._full: dict[str, Tensor] = dict(full or {})
+        super().__init__(optimizer, masks, model)
+
+    @property
+    def full(self) -> dict[str, Tensor]:
+        """The values of all weights of each masked parameter, removed ones too, by name."""
+        return {name: self._value(name, p) for name, p in self._owned()}
+
+    def value(self, name: str) -> Tensor:
+        """Of one parameter what `full` says of all."""
+        return self._value(name, self._parameters[name.replace(COMPILED, "")])
+
+    def restore(self, masks: Mapping[str, BoolTensor], full: Mapping[str, Tensor]) -> None:
+        """Go on from the masks and values of another `Shadow`."""
+        self._full, self._masks = dict(full), type(self._masks)({n: torch.zeros_like(m) for n, m in masks.items()})
+        self._set(masks)
+
+    def release(self) -> None:
+        """As `Held.release`; the values of removed weights are forgotten."""
+        self._trained = False
+        self._full = {}
+        super().release()
+
+    def _owned(self) -> list[tuple[str, Tensor]]:
+        return [(name, entry.parameter) for name, entry in zip(self._masks, self._entries, strict=True)]
+
+    @torch.no_grad()
+    def _value(self, name: str, parameter: Tensor) -> Tensor:
+        if name not in self._full:
+            return parameter.detach().clone()
+        mask = self._masks[name].to(parameter.device)
+        return torch.where(mask, parameter.detach(), self._full[name].to(parameter.device))
+
+    @torch.no_grad()
+    def _set(self, masks: Mapping[str, BoolTensor]) -> None:
+        first = not hasattr(self, "_masks")
+        entries = [self._entry(name, mask) for name, mask in masks.items()]
+        for name, entry in zip(masks, entries, strict=True):
+            known = self._full.get(name)
+            self._full[name] = known if first and known is not None else self._value(name, entry.parameter)
+            entry.parameter.copy_(self._full[name])
+        super()._set(masks)
+
+    def _acts_before_steps(self) -> bool:
+        return self._trained or super()._acts_before_steps()
+
+    @torch.no_grad()
+    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not self._trained:
+            return super()._before_step(optimizer, args, kwargs)
+        if any(callable(a) for a in (*args[1:], *kwargs.values())):
+            raise TrainingError(
+                f"{type(optimizer).__name__} was given a closure, which would compute the loss with weights that are removed. "
+                "Call optimizer.step() without one, or leave regrow out."
+            )
+        for name, parameter in self._owned():
+            parameter.copy_(self._full[name])
+        return None
+
+    @torch.no_grad()
+    def _after_step(self, *hook: object) -> None:
+        if self._trained:
+            for name, parameter in self._owned():
+                self._full[name].copy_(parameter)
+        super()._after_step(*hook)
+
+    def _clear_state(self) -> None:
+        if not self._trained:
+            super()._clear_state()
