@@ -1,4 +1,4 @@
-"""Accuracy of trained networks after units are cut out for real, beside Torch-Pruning at the same multiply-adds and criterion.
+"""Accuracy of trained networks after units are cut out, beside Torch-Pruning at the same multiply-adds and criterion.
 
 ResNet-56 and ResNet-20 on CIFAR-10, EfficientNet-Lite0 on ImageNet, MiniLM on STS-B; 20, 35 and 50% fewer multiply-adds; at once
 with BatchNorm statistics re-estimated, with least-squares repair, and after a short fine-tuning that is the same for both.
@@ -58,7 +58,7 @@ class Rows:
 def bisect(macs_at: Callable[[float], float], target: float) -> float:
     """The sparsity at which the multiply-adds are nearest to `target`; they fall as it grows."""
     low, high = 0.0, 0.95
-    for _ in range(8):
+    for _ in range(7):
         middle = (low + high) / 2
         low, high = (middle, high) if macs_at(middle) > target else (low, middle)
     return min((low, high), key=lambda s: abs(macs_at(s) - target))

@@ -40,6 +40,7 @@ class Rows:
     kind: Hashable  #: how rows are read from it
     chunks: Callable[[], Iterator[Tensor]]
     scale: float = 1.0  #: how many rows each one stands for, where positions are sampled
+    every: int = 1  #: of how many positions of a convolution one is taken
 
 
 Reader = Callable[[Call], Rows | None]
@@ -63,17 +64,12 @@ class Grams(Watcher[Rows]):
     Layers that are given the same tensor (query, key and value; gate and up) share one matrix, which is computed once. A
     layer's matrix is the sum over all its inputs, whichever layers it shared each of them with.
 
-    With `constant` every row gets a last input that is always 1: the matrix is ``[groups, d + 1, d + 1]``, float64, and its
-    last row holds the sums of the inputs and their number. Not for the joint input projection of attention, whose inputs may
-    differ in length.
-
     Raises LayerError, naming the layer, for a weight whose inputs cannot be read and for one whose matrix would not fit in
     memory.
     """
 
-    def __init__(self, model: nn.Module, layers: Mapping[str, Layer], *, constant: bool = False):
+    def __init__(self, model: nn.Module, layers: Mapping[str, Layer]):
         super().__init__(model, layers)
-        self._constant = constant
         for layer in layers.values():
             _check_memory(layer)
         self._sums: dict[frozenset[str], Tensor] = {}
@@ -111,7 +107,7 @@ class Grams(Watcher[Rows]):
             if pending.same(read) and layer not in pending.layers:
                 pending.layers.add(layer)
                 return
-        self._pending.append(_Pending(read, layer, _product(read, self._constant)))
+        self._pending.append(_Pending(read, layer, _product(read)))
         self._flush(_PENDING)
 
     def _flush(self, leave: int) -> None:
@@ -134,27 +130,47 @@ class Grams(Watcher[Rows]):
         return {name for key in self._sums for name in key}
 
     def take(self) -> dict[str, Tensor]:
-        """The matrices by layer; layers of the same inputs get one. float32, or float64 with the constant. The sums go."""
+        """The matrices by layer, float32; layers of the same inputs get one. The sums go."""
         of = {name: frozenset(key for key in self._sums if name in key) for name in sorted(self.seen)}
         made: dict[frozenset[frozenset[str]], Tensor] = {}
         for keys in sorted(set(of.values()), key=lambda k: sorted(map(sorted, k))):
             total = torch.stack([self._sums[k] for k in sorted(keys, key=sorted)]).sum(0)
-            made[keys] = total if self._constant else total.float()
+            made[keys] = total.float()
         self._sums.clear()
         return {name: made[keys] for name, keys in of.items()}
 
 
-def _product(rows: Rows, constant: bool) -> Tensor:
-    """Sum of ``x x^T`` over all rows, float64; with `constant` each row ends in a 1."""
+def _product(rows: Rows) -> Tensor:
+    """Sum of ``x x^T`` over all rows, float64."""
     total: Tensor | None = None
     for chunk in rows.chunks():
         chunk = chunk.to(torch.promote_types(chunk.dtype, torch.float32))
-        if constant:
-            chunk = F.pad(chunk, (0, 1), value=1.0)
         part = (chunk.transpose(1, 2) @ chunk).double()
         total = part if total is None else total.add_(part)
     assert total is not None
     return total if rows.scale == 1.0 else total.mul_(rows.scale)
+
+
+def with_targets(call: Call, target: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Chunks of the inputs that the weight of a linear layer or convolution multiplies in `call`, and of what is to come out.
+
+    `target` has the shape of the output; the chunks are ``[groups, n, d]`` and ``[groups, n, out / groups]``, padding left
+    out, with positions sampled evenly where there are very many.
+    """
+    reader = _reader(call.module, "weight")
+    assert reader is not None
+    rows = reader(call)
+    assert rows is not None
+    if isinstance(call.module, CONVOLUTIONS):
+        batch = target if target.dim() == call.module.weight.dim() else target[None]
+        by_group = batch.transpose(0, 1).reshape(call.module.groups, -1, batch[:, 0].numel())
+        wanted = by_group[:, :, :: rows.every].transpose(1, 2)
+    else:
+        wanted = call.rows(target)[None]
+    start = 0
+    for chunk in rows.chunks():
+        yield chunk, wanted[:, start : start + chunk.shape[1]]
+        start += chunk.shape[1]
 
 
 def _check_memory(layer: Layer) -> None:
@@ -269,7 +285,7 @@ def _convolution(call: Call) -> Rows:
         return _patches(windows, groups, every)
 
     kind = ("patches", tuple(weight.shape[2:]), *(str(given.get(k)) for k in ("stride", "padding", "dilation", "groups")))
-    return Rows(call.first(), kind, chunks, positions / len(range(0, positions, every)))
+    return Rows(call.first(), kind, chunks, positions / len(range(0, positions, every)), every)
 
 
 def _windows(x: Tensor, kernel: torch.Size, given: Mapping[str, Any]) -> Tensor:
