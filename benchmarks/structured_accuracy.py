@@ -1,7 +1,7 @@
 """Accuracy of trained networks after units are cut out, beside Torch-Pruning at the same multiply-adds and criterion.
 
-ResNet-56 and ResNet-20 on CIFAR-10, EfficientNet-Lite0 on ImageNet, MiniLM on STS-B; 20, 35 and 50% fewer multiply-adds; at once
-with BatchNorm statistics re-estimated, with least-squares repair, and after a short fine-tuning that is the same for both.
+ResNet-56 and ResNet-20 on CIFAR-10, EfficientNet-Lite0 on ImageNet, MiniLM on STS-B; 20, 35 and 50% fewer multiply-adds; at
+once with BatchNorm statistics re-estimated, with least-squares repair, and after a short fine-tuning that is the same for both.
 Every row is kept in the JSON file as soon as it is known, and not measured again; `--minutes` stops after the row that passes
 them. Writes docs/benchmarks/structured_accuracy.md and .svg from all rows in the file.
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
+import io
 import json
 import os
 import time
@@ -45,9 +46,10 @@ class Rows:
 
     def __init__(self, path: Path):
         self.path = path
-        self.found: dict[str, dict[str, float]] = json.loads(path.read_text()) if path.exists() else {}
+        self.found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
 
     def keep(self, key: str, row: dict[str, float]) -> None:
+        """Write the file anew with one more row, and print the row."""
         self.found[key] = row
         beside = self.path.with_suffix(".tmp")
         beside.write_text(json.dumps(self.found, indent=1))
@@ -137,6 +139,7 @@ TOOLS = {"Secateur": ours, "Torch-Pruning": peer}
 def measure(task: Task, rows: Rows, criteria: list[str], stop: float) -> None:
     """All rows of a task that are not known yet, until the time is up."""
     dense = task.macs(task.model)
+    rows.found.setdefault("notes", {})[task.name] = {"title": task.title, "text": task.notes}
     for stage in ("norms", "tuned"):
         if f"{task.name}/dense/{stage}" not in rows.found:
             started = time.process_time()
@@ -159,27 +162,145 @@ def measure(task: Task, rows: Rows, criteria: list[str], stop: float) -> None:
                     return
 
 
-def page(rows: Rows, options: argparse.Namespace, seconds: float) -> list[str]:
-    return []
+CELLS = (
+    ("Torch-Pruning", "norms"),
+    ("Secateur", "norms"),
+    ("Secateur", "repair"),
+    ("Torch-Pruning", "tuned"),
+    ("Secateur", "tuned"),
+)
+HEAD = (
+    *("criterion", "MACs fewer", "Torch-Pruning, norms", "Secateur, norms", "Secateur, repaired"),
+    *("Torch-Pruning, tuned", "Secateur, tuned", "achieved, theirs and ours"),
+)
+
+
+def lines_of(task: str, rows: Rows) -> list[list[str]]:
+    """One line for each criterion and level of which both tools have a figure."""
+    found = rows.found
+    lines = []
+    for criterion in CRITERIA:
+        for fewer in FEWER:
+            cells = [found.get(f"{task}/{tool}/{criterion}/{fewer}/{stage}") for tool, stage in CELLS]
+            if cells[0] is None or cells[2] is None:
+                continue
+            shown = ["" if c is None else f"{c['quality']:.1f}" for c in cells]
+            achieved = f"{100 * cells[0]['fewer']:.1f}, {100 * cells[2]['fewer']:.1f}%"
+            lines.append([criterion, f"{fewer:.0%}", *shown, achieved])
+    return lines
+
+
+def tally(rows: Rows) -> str:
+    """How often ours is better, the same, or worse, of all pairs of one criterion and level."""
+    sentences = []
+    for stage, mine, what in (("norms", "repair", "at once"), ("tuned", "tuned", "after fine-tuning")):
+        differences = [
+            row["quality"] - theirs["quality"]
+            for key, theirs in rows.found.items()
+            if "/Torch-Pruning/" in key and key.endswith(stage)
+            for row in [rows.found.get(key.replace("Torch-Pruning", "Secateur").replace(stage, mine))]
+            if row is not None
+        ]
+        if differences:
+            better = sum(d > 0 for d in differences)
+            sentences.append(
+                f"{what} it is above Torch-Pruning in {better} of {len(differences)} pairs, by {min(differences):+.1f} to "
+                f"{max(differences):+.1f} points"
+            )
+    return "Repaired, " + "; ".join(sentences) + "."
+
+
+def page(rows: Rows, threads: int) -> list[str]:
+    """The whole page, from the rows there are."""
+    lines = [
+        "# Accuracy after units are cut out, beside Torch-Pruning",
+        "",
+        "The same units, criterion, calibration data and multiply-adds; local ranking, the same fraction of every layer, found "
+        "by bisection. *norms*: BatchNorm statistics re-estimated by one function for both (MiniLM has none: cut, and nothing "
+        'else). *repaired*: `repair="least-squares"` instead, from the same data, without labels. *tuned*: then fine-tuned, '
+        "theirs from *norms* and ours from *repaired*, by one loop with the same settings. "
+        f"Torch-Pruning {version('torch-pruning')}: `BasePruner` with `GroupMagnitudeImportance`, `GroupTaylorImportance`, "
+        "`RandomImportance`.",
+        "",
+        tally(rows),
+        "",
+        "![Accuracy over multiply-adds, by network](structured_accuracy.svg)",
+    ]
+    for task, notes in rows.found.get("notes", {}).items():
+        table_lines = lines_of(task, rows)
+        dense = rows.found[f"{task}/dense/norms"]["quality"]
+        tuned_dense = rows.found.get(f"{task}/dense/tuned", {}).get("quality")
+        also = "" if tuned_dense is None else f", fine-tuned alike {tuned_dense:.1f}"
+        lines += ["", f"## {notes['title']}", "", f"Dense {dense:.1f}{also}.", "", *table(HEAD, table_lines), "", notes["text"]]
+        lines += ["", cost(task, rows)] if table_lines else []
+    return [*lines, "", conditions(threads, "seed 0", sum(r.get("seconds", 0.0) for r in rows.found.values()))]
+
+
+def cost(task: str, rows: Rows) -> str:
+    """CPU time of the stages, in words."""
+
+    def median(end: str) -> float | None:
+        own = sorted(
+            r["seconds"] for k, r in rows.found.items() if k.startswith(f"{task}/") and k.endswith(end) and "/dense/" not in k
+        )
+        return own[len(own) // 2] if own else None
+
+    parts = [(median("/repair"), "cutting and repairing"), (median("/tuned"), "fine-tuning")]
+    return "CPU time, median: " + ", ".join(f"{what} {value:.0f} s" for value, what in parts if value is not None) + "."
+
+
+def picture(rows: Rows) -> str:
+    """Quality over multiply-adds for the criterion L1, one panel for each network, as SVG."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    names = [t for t in rows.found.get("notes", {}) if lines_of(t, rows)]
+    figure, panels = pyplot.subplots(1, len(names), figsize=(3.4 * len(names), 3.6), squeeze=False)
+    for panel, task in zip(panels[0], names, strict=True):
+        dense = rows.found[f"{task}/dense/norms"]["quality"]
+        panel.axhline(dense, color="0.7", linewidth=1)
+        panel.annotate("dense", (20, dense), color="0.4", fontsize=8, va="bottom")
+        for (tool, stage), colour in zip(CELLS, ("#c0392b", "#7fb38a", "#1e7a3c", "#c0392b", "#1e7a3c"), strict=True):
+            found = [rows.found.get(f"{task}/{tool}/L1/{fewer}/{stage}") for fewer in FEWER]
+            points = [(100 * r["fewer"], r["quality"]) for r in found if r is not None]
+            if points:
+                label = f"{tool}, {'repaired' if stage == 'repair' else stage}"
+                style = "--" if stage == "tuned" else "-"
+                panel.plot(*zip(*points, strict=True), style, marker="o", markersize=4, color=colour, label=label)
+        panel.set_title(rows.found["notes"][task]["title"], fontsize=10)
+        panel.set_xlabel("MACs removed, percent")
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0][0].set_ylabel("accuracy, percent (MiniLM: Spearman x 100)")
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower center", ncols=5, frameon=False, fontsize=9)
+    figure.tight_layout(rect=(0, 0.08, 1, 1))
+    text = io.StringIO()
+    figure.savefig(text, format="svg", metadata={"Date": None})
+    return text.getvalue()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("rows", type=Path, help="JSON file that keeps the rows")
-    parser.add_argument("--task", nargs="+", default=list(TASKS), choices=list(TASKS))
+    parser.add_argument("rows", type=Path, nargs="+", help="JSON files that keep the rows; new ones go into the first")
+    parser.add_argument("--task", nargs="*", default=list(TASKS), choices=[*TASKS, []], help="none: only write the page")
     parser.add_argument("--criterion", nargs="+", default=list(CRITERIA), choices=list(CRITERIA))
-    parser.add_argument("--tool", nargs="+", default=list(TOOLS), choices=list(TOOLS))
     parser.add_argument("--minutes", type=float, default=1e6, help="stop after the row that passes them")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--quick", action="store_true", help="few images, one criterion, printed and not kept")
+    parser.add_argument("--quick", action="store_true", help="few images, printed and not kept")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    started = time.monotonic()
-    rows = Rows(options.rows)
-    for tool in set(TOOLS) - set(options.tool):
-        del TOOLS[tool]
+    stop = time.monotonic() + 60 * options.minutes
+    rows = Rows(options.rows[0])
     for name in options.task:
-        measure(TASKS[name](options.quick), rows, options.criterion, started + 60 * options.minutes)
+        measure(TASKS[name](options.quick), rows, options.criterion, stop)
+    for other in options.rows[1:]:
+        more = Rows(other).found
+        rows.found = {**rows.found, **more, "notes": {**rows.found.get("notes", {}), **more.get("notes", {})}}
+    keep("structured_accuracy.md", page(rows, options.threads), quick=options.quick)
+    if not options.quick:
+        (PAGES / "structured_accuracy.svg").write_text(picture(rows), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ that the layers repaired before it really give, and makes up for what they could
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -15,12 +15,13 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from secateur.data.batches import Batches, forward
+from secateur.data.batches import Batch, Batches, forward
 from secateur.layers import CONVOLUTIONS, Layer, find_layers
 from secateur.progress import track
 from secateur.stats import nonfinite
+from secateur.stats.blocks import memory
 from secateur.stats.follow import Sight, follow
-from secateur.stats.gram import with_targets
+from secateur.stats.gram import input_rows, output_rows
 from secateur.stats.guard import listed, untouched
 from secateur.types import Plan
 
@@ -58,6 +59,7 @@ def refit(
     on the other half, and the reverse; no repair is among the choices. The shift b goes to the layer's bias or, where it has
     none, into the running mean of the BatchNorm that follows; without either there is none. With `bias_only` W stays W_0.
 
+    The batches are read once and kept, with as much of the dense model's outputs at a time as a tenth of the memory holds.
     `model` is left untouched; the parameters of `smaller` are changed as well as returned. Layers whose inputs cannot be read
     stay as they are, and a note names them. Raises what reading the batches raises, and NonFiniteError.
 
@@ -72,13 +74,15 @@ def refit(
         stack.enter_context(untouched(model, [], seed))
         stack.enter_context(untouched(smaller, [], seed))
         stack.enter_context(torch.no_grad())
-        steps = _order(smaller, {n: small[n] for n in lost if _readable(small[n])}, batches)
+        kept = list(track(batches, "read the calibration data"))
+        steps = _order(smaller, {n: small[n] for n in lost if _readable(small[n])}, kept[0])
         if bias_only:
             steps = [step for step in steps if step.shift is not None]
-        for i, step in enumerate(steps):
-            rows = lines.get((step.layer.name, _dim(step.layer, 0)), torch.arange(layers[step.layer.name].shape[0]))
-            moments = step.look(model, smaller, layers[step.layer.name], rows, batches, f"repair {i + 1} of {len(steps)}")
-            tensors |= step.write(smaller, moments, bias_only)
+        for some in _portions(steps, kept):
+            wanted = _wanted(model, {s.layer.name: layers[s.layer.name] for s in some}, lines, kept)
+            for step in some:
+                moments = step.look(smaller, kept, [batch.pop(step.layer.name) for batch in wanted])
+                tensors |= step.write(smaller, moments, bias_only)
     left = [n for n in lost if n not in {step.layer.name for step in steps}]
     notes = [f"these layers lost inputs and were not repaired, as they have no bias or show no inputs: {listed(left)}"]
     return Refit(tensors, tuple(notes if left else ()))
@@ -131,38 +135,32 @@ class _Step:
     layer: Layer
     calls: int
     summed: bool  #: whether the output goes into a sum in every call
+    bytes: int  #: of its outputs in a batch
     shift: str | None  #: the parameter or buffer that takes the shift
     sign: int
 
-    def look(
-        self, model: nn.Module, smaller: nn.Module, dense: Layer, rows: Tensor, batches: Batches, title: str
-    ) -> tuple[_Moments, _Moments]:
-        """Moments over the first half of each batch and over the second: inputs of `smaller`, targets from `model`."""
+    def look(self, smaller: nn.Module, batches: list[Batch], wanted: list[list[_Wanted]]) -> tuple[_Moments, _Moments]:
+        """Moments over the first half of each batch and over the second: inputs of `smaller`, targets from the dense model."""
         groups = int(getattr(self.layer.module, "groups", 1))
         out, d = self.layer.shape[0] // groups, self.layer.shape[1:].numel()
-        like = self.layer.parameter
-        halves = tuple(
-            _Moments(*(like.new_zeros(groups, *shape, dtype=torch.float64) for shape in ((d + 1, d + 1), (d + 1, out), (out,))))
-            for _ in range(2)
+        shapes = ((d + 1, d + 1), (d + 1, out), (out,))
+        one, two = (
+            _Moments(*(self.layer.parameter.new_zeros(groups, *s, dtype=torch.float64) for s in shapes)) for _ in range(2)
         )
-        for index, batch in enumerate(track(batches, title)):
-            pairs = zip(
-                follow(model, {dense.name: dense}, batch, self._enough),
-                follow(smaller, {self.layer.name: self.layer}, batch, self._enough),
-                strict=True,
-            )
-            for wanted, seen in pairs:
-                target = _target(wanted, seen, rows.to(like.device))
-                chunks = list(with_targets(seen.call, target))
-                half, done = sum(x.shape[1] for x, _ in chunks) // 2, 0
-                for x, y in chunks:
-                    first = min(max(half - done, 0), x.shape[1])
-                    halves[0].add(x[:, :first], y[:, :first])
-                    halves[1].add(x[:, first:], y[:, first:])
-                    done += x.shape[1]
-            if not torch.isfinite(halves[1].across.sum() + halves[0].across.sum()):
+        for index, batch in enumerate(track(batches, f"repair {self.layer.name}")):
+            for sight, aim in zip(
+                follow(smaller, {self.layer.name: self.layer}, batch, self._enough), wanted[index], strict=True
+            ):
+                target = _target(sight, aim)
+                half, start = target.shape[1] // 2, 0
+                for x in input_rows(sight.call):
+                    first = min(max(half - start, 0), x.shape[1])
+                    one.add(x[:, :first], target[:, start : start + first])
+                    two.add(x[:, first:], target[:, start + first : start + x.shape[1]])
+                    start += x.shape[1]
+            if not torch.isfinite(one.across.sum() + two.across.sum()):
                 nonfinite.explain(smaller, partial(forward, smaller, batch), index)
-        return halves[0], halves[1]
+        return one, two
 
     def _enough(self, sights: list[Sight]) -> bool:
         return len(sights) >= self.calls and not (self.summed and any(s.tip is not None for s in sights))
@@ -197,24 +195,62 @@ def _choose(halves: tuple[_Moments, _Moments], start: Tensor, shift: bool) -> fl
     return min(PULLS, key=error)
 
 
-def _target(wanted: Sight, seen: Sight, rows: Tensor) -> Tensor:
-    """What the layer is to give for the calls `wanted` of the dense model and `seen` of the smaller one."""
-    plain = wanted.output.index_select(wanted.axis, rows)
-    if wanted.total is None or seen.total is None:
-        return plain
-    missing = wanted.total.index_select(wanted.axis, rows) - seen.total
-    slope = seen.slope()
+@dataclass(frozen=True)
+class _Wanted:
+    """What one call of a layer leads to in the dense model: its outputs that are kept, or those of the sum they go into."""
+
+    rows: Tensor  #: ``[groups, n, out / groups]``
+    summed: bool
+
+
+def _wanted(
+    model: nn.Module, layers: Mapping[str, Layer], lines: Mapping[tuple[str, int], Tensor], batches: list[Batch]
+) -> list[dict[str, list[_Wanted]]]:
+    """For each batch the calls of each of `layers` in the dense model."""
+    found = []
+    for batch in track(batches, "outputs of the dense model"):
+        calls: dict[str, list[_Wanted]] = {name: [] for name in layers}
+        for sight in follow(model, layers, batch, lambda _: False):
+            output = sight.output if sight.total is None else sight.total
+            rows = lines.get((sight.layer, _dim(layers[sight.layer], 0)))
+            if rows is not None:
+                output = output.index_select(sight.axis, rows.to(output.device))
+            calls[sight.layer].append(_Wanted(output_rows(sight.call, output).contiguous(), sight.total is not None))
+        found.append(calls)
+    return found
+
+
+def _target(sight: Sight, wanted: _Wanted) -> Tensor:
+    """``[groups, n, out / groups]``: what the layer is to give in this call."""
+    if not wanted.summed:
+        return wanted.rows
+    assert sight.total is not None
+    output, missing = output_rows(sight.call, sight.output), wanted.rows - output_rows(sight.call, sight.total)
+    slope = sight.slope()
     if slope is None:
-        return seen.output + missing
+        return output + missing
+    slope = slope.reshape(len(output), 1, -1)
     clear = slope.abs() > _FAINT * slope.abs().max()
-    shape = [-1 if d == seen.axis else 1 for d in range(missing.dim())]
-    corrected = seen.output + missing / torch.where(clear, slope, 1).reshape(shape)
-    return torch.where(clear.reshape(shape), corrected, plain)
+    return output + torch.where(clear, missing / slope, 0)
 
 
-def _order(model: nn.Module, layers: Mapping[str, Layer], batches: Batches) -> list[_Step]:
+def _portions(steps: list[_Step], batches: list[Batch]) -> Iterator[list[_Step]]:
+    """The steps in order, as many at a time as a tenth of the memory holds the dense model's outputs of, and at least one."""
+    budget, used = 0.1 * memory() / len(batches), 0
+    some: list[_Step] = []
+    for step in steps:
+        if some and used + step.bytes > budget:
+            yield some
+            some, used = [], 0
+        some.append(step)
+        used += step.bytes
+    if some:
+        yield some
+
+
+def _order(model: nn.Module, layers: Mapping[str, Layer], batch: Batch) -> list[_Step]:
     """The layers that a forward pass reaches, in the order of their first calls."""
-    sights = follow(model, layers, next(iter(batches)), lambda _: False)
+    sights = follow(model, layers, batch, lambda _: False)
     norms = {m: f"{n}.running_mean" for n, m in model.named_modules() if getattr(m, "running_mean", None) is not None}
     taken: dict[nn.Module, int] = {}
     for sight in sights:
@@ -228,7 +264,8 @@ def _order(model: nn.Module, layers: Mapping[str, Layer], batches: Batches) -> l
         norm = next(iter(after))
         if shift is None and len(after) == 1 and norm is not None and taken[norm] == len(own):
             shift, sign = norms[norm], -1
-        steps.append(_Step(layers[name], len(own), all(s.total is not None for s in own), shift, sign))
+        size = sum(4 * output_rows(s.call, s.output).numel() for s in own)
+        steps.append(_Step(layers[name], len(own), all(s.total is not None for s in own), size, shift, sign))
     return steps
 
 

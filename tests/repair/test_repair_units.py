@@ -121,9 +121,25 @@ class Block(nn.Module):
         return x + self.norm(self.b(self.a(x).relu()))
 
 
-def cut_blocks(count: int):
+class Plain(Block):
+    """A block that ends in an activation."""
+
+    def forward(self, x):
+        return super().forward(x).relu()
+
+
+class InPlace(Block):
+    """The same, computed in place."""
+
+    def forward(self, x):
+        out = self.norm(self.b(self.a(x).relu_()))
+        out += x
+        return out.relu_()
+
+
+def cut_blocks(count: int, kind: type[Block] = Block):
     torch.manual_seed(0)
-    model, x = nn.Sequential(*(Block(6) for _ in range(count)), nn.Linear(6, 6)).eval(), correlated(300, 6)
+    model, x = nn.Sequential(*(kind(6) for _ in range(count)), nn.Linear(6, 6)).eval(), correlated(300, 6)
     kept = tuple(range(7))
     cuts = [Cut(f"{i}.{t}", d, kept) for i in range(count) for t, d in (("a.weight", 0), ("a.bias", 0), ("b.weight", 1))]
     return model, Plan(cuts=tuple(cuts)), x
@@ -166,6 +182,23 @@ def test_later_blocks_correct_the_earlier():
             write(alone, repaired(model, only, [x]).tensors)
         errors = [float((m(x) - wanted).square().mean()) for m in (one_by_one, alone, cut(model, plan))]
     assert errors[0] < 0.9 * errors[1] < 0.5 * errors[2]
+
+
+def test_operations_in_place_change_nothing():
+    found = []
+    for kind in (Plain, InPlace):
+        model, plan, x = cut_blocks(2, kind)
+        found.append(repaired(model, plan, [x[:150], x[150:]]).tensors)
+    assert {"0.b.weight", "0.norm.running_mean", "1.b.weight", "1.norm.running_mean"} == set(found[0]) == set(found[1])
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+def test_the_dense_outputs_may_take_several_passes(monkeypatch):
+    model, plan, x = cut_blocks(2)
+    once = repaired(model, plan, [x[:150], x[150:]]).tensors
+    monkeypatch.setattr("secateur.repair_units.memory", lambda: 0)
+    again = repaired(model, plan, [x[:150], x[150:]]).tensors
+    assert all(torch.equal(once[name], again[name]) for name in once)
 
 
 def test_few_samples_are_not_fitted_exactly():

@@ -98,7 +98,7 @@ def _passes(
 
 def portions(layers: Mapping[str, Layer]) -> Iterator[dict[str, Layer]]:
     """The layers in order, as many at a time as a tenth of the memory holds the Gram matrices of, and at least one."""
-    budget = _MEMORY * _memory()
+    budget = _MEMORY * memory()
     chosen: dict[str, Layer] = {}
     used = 0.0
     for name, layer in layers.items():
@@ -126,7 +126,8 @@ def _bytes(layer: Layer) -> float:
     return float(getattr(layer.module, "groups", 1)) * math.prod(layer.shape[1:]) ** 2 * 12
 
 
-def _memory() -> int:
+def memory() -> int:
+    """Bytes of memory of this machine; 8 GiB where it does not say."""
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return 8 << 30

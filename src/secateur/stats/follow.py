@@ -65,7 +65,7 @@ class _Follower(TorchDispatchMode):
         if func in _SUMS and not kwargs and all(isinstance(a, Tensor) and a.shape == result.shape for a in args):
             for sight in self._sights:
                 if sight.tip is not None and any(a is sight.tip for a in args):
-                    sight.total, sight.tip = result, None
+                    sight.total, sight.tip = result.clone(), None
             if self._enough():
                 raise _Enough
         return result
@@ -75,8 +75,8 @@ def follow(model: nn.Module, layers: Mapping[str, Layer], batch: Batch, enough: 
     """The calls of `layers` in the order of the forward pass on `batch`, which ends as soon as `enough` is true of them.
 
     From a layer's output the pass is followed through a BatchNorm, and through what hands a tensor on as it is (dropout in
-    eval mode, identities), to the first sum with a tensor of the same shape: the end of a residual block. Tensors of the
-    sights are copies or are not changed before the pass ends. Call it in eval mode and without gradients.
+    eval mode, identities), to the first sum with a tensor of the same shape: the end of a residual block. The tensors of the
+    sights are copies, which no operation in place changes. Call it in eval mode and without gradients.
     """
     sights: list[Sight] = []
     batch = ordinary(batch)

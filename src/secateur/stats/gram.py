@@ -40,7 +40,6 @@ class Rows:
     kind: Hashable  #: how rows are read from it
     chunks: Callable[[], Iterator[Tensor]]
     scale: float = 1.0  #: how many rows each one stands for, where positions are sampled
-    every: int = 1  #: of how many positions of a convolution one is taken
 
 
 Reader = Callable[[Call], Rows | None]
@@ -151,26 +150,30 @@ def _product(rows: Rows) -> Tensor:
     return total if rows.scale == 1.0 else total.mul_(rows.scale)
 
 
-def with_targets(call: Call, target: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Chunks of the inputs that the weight of a linear layer or convolution multiplies in `call`, and of what is to come out.
+def input_rows(call: Call) -> Iterator[Tensor]:
+    """Chunks ``[groups, n, d]`` of the inputs that the weight of a linear layer or convolution multiplies in `call`.
 
-    `target` has the shape of the output; the chunks are ``[groups, n, d]`` and ``[groups, n, out / groups]``, padding left
-    out, with positions sampled evenly where there are very many.
+    Padding is left out, and positions are sampled evenly where there are very many.
     """
     reader = _reader(call.module, "weight")
     assert reader is not None
     rows = reader(call)
     assert rows is not None
-    if isinstance(call.module, CONVOLUTIONS):
-        batch = target if target.dim() == call.module.weight.dim() else target[None]
-        by_group = batch.transpose(0, 1).reshape(call.module.groups, -1, batch[:, 0].numel())
-        wanted = by_group[:, :, :: rows.every].transpose(1, 2)
-    else:
-        wanted = call.rows(target)[None]
-    start = 0
-    for chunk in rows.chunks():
-        yield chunk, wanted[:, start : start + chunk.shape[1]]
-        start += chunk.shape[1]
+    return rows.chunks()
+
+
+def output_rows(call: Call, output: Tensor) -> Tensor:
+    """``[groups, n, out / groups]``: of a tensor in the shape of the output the rows that belong to `input_rows`."""
+    if not isinstance(call.module, CONVOLUTIONS):
+        return call.rows(output)[None]
+    batch = output if output.dim() == call.module.weight.dim() else output[None]
+    by_group = batch.transpose(0, 1).reshape(call.module.groups, -1, batch[:, 0].numel())
+    return by_group[:, :, :: _every(by_group.shape[2])].transpose(1, 2)
+
+
+def _every(positions: int) -> int:
+    """Of how many positions of a convolution one is taken."""
+    return -(-positions // _MOST_POSITIONS)
 
 
 def _check_memory(layer: Layer) -> None:
@@ -278,14 +281,14 @@ def _convolution(call: Call) -> Rows:
         )
     windows = _windows(given["input"], weight.shape[2:], given)
     positions = math.prod(windows.shape[:1] + windows.shape[2 : 2 + weight.dim() - 2])
-    every = -(-positions // _MOST_POSITIONS)
+    every = _every(positions)
     groups = given.get("groups", 1)
 
     def chunks() -> Iterator[Tensor]:
         return _patches(windows, groups, every)
 
     kind = ("patches", tuple(weight.shape[2:]), *(str(given.get(k)) for k in ("stride", "padding", "dilation", "groups")))
-    return Rows(call.first(), kind, chunks, positions / len(range(0, positions, every)), every)
+    return Rows(call.first(), kind, chunks, positions / len(range(0, positions, every)))
 
 
 def _windows(x: Tensor, kernel: torch.Size, given: Mapping[str, Any]) -> Tensor:
