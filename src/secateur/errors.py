@@ -23,6 +23,20 @@ class UnknownName(RecipeError):
         self.kind, self.name, self.known = kind, name, known
 
 
+class BudgetError(RecipeError):
+    """A budget that cannot be met. `nearest` is the least that the model can cost; `reasons` say what holds it there."""
+
+    def __init__(self, text: str, unit: str, limit: float, nearest: float, dense: float, *reasons: str):
+        figures = "{:.3g}" if unit == "ms" else "{:,.0f}"
+        super().__init__(
+            f"the budget {text!r} ({figures.format(limit)} {unit}) cannot be met: the nearest that can is "
+            f"{figures.format(nearest)} {unit}, {nearest / dense:.1%} of the dense model's {figures.format(dense)}. "
+            + "".join(f"{reason[0].upper()}{reason[1:]}. " for reason in reasons)
+            + "Ask for that much, or allow more to be cut."
+        )
+        self.nearest, self.reasons = nearest, reasons
+
+
 class LayerError(SecateurError, ValueError):
     """A layer whose weight cannot be pruned as asked."""
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from secateur.budgets.amount import Amount, parse_budget
 from secateur.data.batches import Batch, Batches, Loss
 from secateur.errors import RecipeError
 from secateur.layers import Layer
@@ -16,7 +17,7 @@ from secateur.schedules import make_schedule
 from secateur.selection import Method, prunable, resolve, target_sparsity
 from secateur.stats import Calibration, collect
 from secateur.stats.blocks import grams_in_turn
-from secateur.types import Need, Schedule
+from secateur.types import Need, Pattern, Schedule
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,11 @@ def prepare(
         reduction=recipe.reduction,
         solver=recipe.solver,
     )
-    sparsity = target_sparsity(recipe.sparsity, method.pattern)
+    if recipe.budget is None:
+        sparsity = target_sparsity(recipe.sparsity, method.pattern)
+    else:
+        check_budget(parse_budget(recipe.budget), method.pattern)
+        sparsity = 0.0  # until the scores are there, by `budgets.masked.within_budget`
     layers, skipped = prunable(model, method.pattern, layers=recipe.layers, ignore=recipe.ignore)
     batches = None if data is None else Batches(data)
     training = batches if train is None else Batches(train)
@@ -92,6 +97,20 @@ def prepare(
     if example is None and batches is not None:
         example = next(iter(batches))
     return Job(recipe, method, sparsity, _schedule(recipe), layers, skipped, batches, training, loss, example)
+
+
+def check_budget(amount: Amount, pattern: Pattern) -> None:
+    """Raise RecipeError where masks of this pattern cannot keep to such a budget."""
+    if pattern.sparsity is not None:
+        raise RecipeError(
+            f"pattern {pattern.name} removes exactly {pattern.sparsity:g} of the weights, so the budget {amount.text!r} has "
+            "nothing to decide. Leave it out."
+        )
+    if amount.unit not in ("params", "MACs"):
+        raise RecipeError(
+            f"pattern {pattern.name!r} sets weights to zero, which take as much memory and time as others: the budget "
+            f"{amount.text!r} is for patterns that cut units (channel, head, ...). Here params and MACs count what is not zero."
+        )
 
 
 def check_data(recipe: Recipe, criterion: str, needs: Collection[Need], batches: Batches | None, train: Batches | None) -> None:

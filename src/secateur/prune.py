@@ -6,13 +6,14 @@ import copy
 import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from secateur.budgets.masked import within_budget
 from secateur.data.batches import Batch, Loss
 from secateur.errors import RecipeError
 from secateur.export.artifact import check_target, save
@@ -34,7 +35,7 @@ from secateur.solved import SolvedSoFar
 from secateur.structured import UnitJob, choose_units, cut_units, prepare_units
 from secateur.train.distill import Distillation
 from secateur.train.finetune import finetune
-from secateur.types import LayerPlan, MaskSet, Measurement, Plan, Point, Report, Result, Sensitivity, Solved
+from secateur.types import Budget, LayerPlan, MaskSet, Measurement, Plan, Point, Report, Result, Sensitivity, Solved
 
 log = logging.getLogger("secateur")
 RecipeLike = Recipe | Mapping[str, Any] | str | Path | None
@@ -100,13 +101,17 @@ def prune(
         before = measure(model, job.example, evaluate=evaluate, latency=inplace)
     original = {n: p.detach().clone() if inplace else p.detach() for n, p in model.named_parameters()}
     progress = Progress(out, wanted.to_toml(), model) if out is not None and _is_long(job) else None
+    budget = None
+    if isinstance(job, Job):
+        job, budget = within_budget(job, model)
     job = replace(job, train_loss=_train_loss(model, wanted, loss, inplace))
     outcome = _carry_out(job, model, evaluate, before, progress, inplace)
     after = measure(outcome.model, job.example, evaluate=evaluate, latency=inplace)
     if not inplace:
         before, after = _timed_side_by_side(model, outcome.model, job.example, before, after)
     report = _report(job, outcome, original, before, after, time.monotonic() - started)
-    report = replace(report, sensitivity=tuple(sensitivity))
+    budget = _achieved(budget or outcome.plan.budget, after, masked=isinstance(job, Job))
+    report = replace(report, sensitivity=tuple(sensitivity), budget=budget, notes=(*report.notes, *_budget_note(budget)))
     result = Result(outcome.model, outcome.masks, outcome.plan, report)
     if out is not None:
         _save(result, wanted, out, overwrite, source)
@@ -137,9 +142,9 @@ def plan(
     units = make_pattern(wanted.pattern)
     if isinstance(units, Units):
         return choose_units(model, prepare_units(model, wanted, units, data=data, train=data, loss=loss, example=example)).plan
-    job = prepare(model, wanted, data=data, train=data, loss=loss, example=example)
+    job, budget = within_budget(prepare(model, wanted, data=data, train=data, loss=loss, example=example), model)
     masks = choose(job.layers, job.statistics(model).layers, sparsity=job.sparsity, method=job.method)
-    return _plan(job, masks)
+    return replace(_plan(job, masks), budget=budget)
 
 
 @dataclass(frozen=True)
@@ -299,9 +304,32 @@ def _report(
     )
 
 
+def _achieved(budget: Budget | None, after: Measurement, *, masked: bool) -> Budget | None:
+    """The budget with what the pruned model was found to cost; of milliseconds that was found while it was chosen."""
+    if budget is None or budget.unit == "ms":
+        return budget
+    params = after.nonzeros if masked else after.parameters
+    multiply_adds = after.macs_nonzero if masked else after.macs
+    return replace(budget, achieved={"params": params, "MACs": multiply_adds, "bytes": after.bytes_memory}[budget.unit])
+
+
+def _budget_note(budget: Budget | None) -> tuple[str, ...]:
+    """What was promised and what was kept, in a sentence."""
+    if budget is None:
+        return ()
+    number = "{:.3f}" if budget.unit == "ms" else "{:,.0f}"
+    figures = {k: number.format(v) for k, v in asdict(budget).items() if isinstance(v, (int, float))}
+    spread = " (quartiles {low} to {high})".format(**figures) if budget.low is not None else ""
+    found = "achieved {achieved}".format(**figures) if budget.achieved is not None else "not measured"
+    text = "budget {asked}: at most {limit} of {dense} {unit}; promised {promised}, {found}{spread}"
+    return (text.format(**{**figures, "asked": budget.asked, "unit": budget.unit, "found": found, "spread": spread}),)
+
+
 def _title(job: Job | UnitJob, with_share: bool = True) -> str:
-    """``magnitude 90% element``, or ``magnitude 2:4`` where the pattern says how much."""
-    share = f" {100 * job.sparsity:.4g}%" if with_share and ":" not in job.pattern_name else ""
+    """``magnitude 90% element``, ``magnitude 50% MACs channel``, or ``magnitude 2:4`` where the pattern says how much."""
+    share = "" if job.sparsity is None else f" {100 * job.sparsity:.4g}%"
+    share = f" {job.recipe.budget}" if job.recipe.budget is not None else share
+    share = share if with_share and ":" not in job.pattern_name else ""
     return f"{name_of(job.recipe.criterion)}{share} {job.pattern_name}"
 
 

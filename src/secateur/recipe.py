@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from secateur.budgets.amount import parse_budget
 from secateur.errors import RecipeError, did_you_mean
 from secateur.sparsity import check_sparsity
 
@@ -18,6 +19,10 @@ Piece = str | dict[str, Any]
 
 def _sparsity(value: Any) -> Any:
     return None if value is None else check_sparsity(value)
+
+
+def _budget(value: Any) -> Any:
+    return None if value is None else parse_budget(value).text
 
 
 class _Strict(BaseModel):
@@ -81,6 +86,8 @@ class Recipe(_Strict):
     """Version of this format."""
     sparsity: Annotated[float | None, BeforeValidator(_sparsity)] = None
     """Fraction of the weights to remove, in [0, 1). n:m patterns fix it themselves."""
+    budget: Annotated[str | None, BeforeValidator(_budget)] = None
+    """What the model may cost at most, instead of a sparsity: "50% MACs", "2M params", "10 MB", or "5 ms" measured here."""
     criterion: Piece = "magnitude"
     """How much each weight matters."""
     reduction: str | None = None
@@ -110,6 +117,14 @@ class Recipe(_Strict):
     """Training after each pruning step."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of everything random."""
+
+    @model_validator(mode="after")
+    def _one_target(self) -> Recipe:
+        if self.sparsity is not None and self.budget is not None:
+            raise ValueError(
+                f"got sparsity={self.sparsity!r} and budget={self.budget!r}: give one of them, a budget chooses the sparsity."
+            )
+        return self
 
     @classmethod
     def make(cls, source: Recipe | Mapping[str, Any] | str | Path | None = None, **changes: Any) -> Recipe:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from secateur.budgets.choose import kept_within
 from secateur.criteria import CRITERIA
 from secateur.data.batches import Batch, Batches, Loss, inputs_of
 from secateur.errors import LayerError, ModelError, RecipeError
-from secateur.graph import Graph, Group, choose_groups, cut, difference, make_plan, select, trace, unit_scores
+from secateur.graph import Graph, Group, choose_groups, cut, difference, lowest, make_plan, select, trace, unit_scores
 from secateur.graph.choose import Scope
 from secateur.graph.prune import TOLERANCE
 from secateur.job import check_data
@@ -36,7 +37,7 @@ class UnitJob:
 
     recipe: Recipe
     units: Units
-    sparsity: float
+    sparsity: float | None  #: None where a budget decides
     batches: Batches | None
     train: Batches | None
     loss: Loss | None
@@ -138,8 +139,14 @@ def choose_units(model: nn.Module, job: UnitJob) -> Chosen:
     if how == "abs_sum":
         scores = {g: s.abs() for g, s in scores.items()}
     scope = ALLOCATIONS[recipe.allocation or "uniform"]  # type: ignore[index]
-    removed = select(graph, groups, scores, job.sparsity, round_to=units.round_to, min_width=units.min_width, scope=scope)
-    return Chosen(graph, removed, make_plan(graph, model, removed), (*graph.notes, *notes))
+    widths: dict[str, Any] = {"round_to": units.round_to, "min_width": units.min_width, "scope": scope}
+    if job.sparsity is not None:
+        removed = select(graph, groups, scores, job.sparsity, **widths)
+        return Chosen(graph, removed, make_plan(graph, model, removed), (*graph.notes, *notes))
+    kept, budget = kept_within(recipe.budget, model, graph, groups, scores, example=job.arguments, **widths)
+    removed = lowest(groups, scores, kept)
+    plan = replace(make_plan(graph, model, removed), budget=budget)
+    return Chosen(graph, removed, plan, (*graph.notes, *notes))
 
 
 def masks_of(model: nn.Module, plan: Plan) -> MaskSet:
@@ -154,9 +161,11 @@ def masks_of(model: nn.Module, plan: Plan) -> MaskSet:
     return MaskSet(masks)
 
 
-def _check(recipe: Recipe, units: Units) -> float:
-    if recipe.sparsity is None:
-        raise RecipeError("sparsity is missing: give the fraction of units to cut, such as sparsity=0.5")
+def _check(recipe: Recipe, units: Units) -> float | None:
+    if recipe.sparsity is None and recipe.budget is None:
+        raise RecipeError(
+            "sparsity is missing: give the fraction of units to cut, such as sparsity=0.5, or a budget such as '50% MACs'"
+        )
     if recipe.allocation is not None and recipe.allocation not in list(ALLOCATIONS):
         raise RecipeError(f"pattern {units.name!r} knows the allocations {', '.join(ALLOCATIONS)}; got {recipe.allocation!r}")
     if recipe.solver != "keep":
@@ -167,7 +176,7 @@ def _check(recipe: Recipe, units: Units) -> float:
         raise RecipeError(
             f"pattern {units.name!r} is cut in one step, steps={recipe.steps}. Prune the result again to go further."
         )
-    return check_sparsity(recipe.sparsity)
+    return None if recipe.sparsity is None else check_sparsity(recipe.sparsity)
 
 
 def _groups(graph: Graph, recipe: Recipe, units: Units) -> list[Group]:

@@ -257,6 +257,20 @@ class LayerPlan:
 
 
 @dataclass(frozen=True)
+class Budget:
+    """What a pruned model was allowed to cost, what was promised, and what was found when it was there."""
+
+    asked: str  #: as it was written: ``50% MACs``
+    unit: str  #: params, MACs, bytes or ms
+    dense: float  #: cost of the model before
+    limit: float
+    promised: float
+    achieved: float | None = None  #: None = not measured, as in a plan
+    low: float | None = None  #: of ms the quartiles of what was achieved
+    high: float | None = None
+
+
+@dataclass(frozen=True)
 class GroupPlan:
     """Units that are cut alike everywhere: who is coupled to whom, through what, and how many stay."""
 
@@ -278,6 +292,7 @@ class Plan:
     attributes: Mapping[str, int] = field(default_factory=dict)  #: ``module.attribute`` or ``module.attribute[i]`` -> new value
     dropped: tuple[str, ...] = ()  #: whole blocks that are taken out, after the cuts
     groups: tuple[GroupPlan, ...] = ()  #: what is coupled to what, where units are cut
+    budget: Budget | None = None  #: where one was given
 
     @property
     def sparsity(self) -> float:
@@ -299,7 +314,8 @@ class Plan:
             GroupPlan(**{**g, "members": tuple(g["members"]), "links": {how: tuple(at) for how, at in g["links"].items()}})
             for g in data.get("groups", ())
         )
-        return cls(layers, cuts, dict(data["skipped"]), attributes, dropped, groups)
+        budget = Budget(**data["budget"]) if data.get("budget") else None
+        return cls(layers, cuts, dict(data["skipped"]), attributes, dropped, groups, budget)
 
 
 @dataclass(frozen=True)
@@ -388,6 +404,7 @@ class Report:
     recipe: str = ""  #: TOML
     environment: Mapping[str, str] = field(default_factory=dict)
     seconds: float = 0.0
+    budget: Budget | None = None  #: what the model was allowed to cost, where that was asked for
 
     def to_json(self) -> dict[str, Any]:
         """Plain lists and dicts, as `from_json` reads them."""
@@ -407,6 +424,7 @@ class Report:
         )
         data["points"] = tuple(Point(**p) for p in data["points"])
         data["notes"] = tuple(data["notes"])
+        data["budget"] = Budget(**data["budget"]) if data.get("budget") else None
         return cls(**data)
 
 

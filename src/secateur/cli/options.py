@@ -74,6 +74,16 @@ OneSparsity = Annotated[
         "--sparsity", "-s", help="Fraction of the weights to remove, such as 0.5.", show_default=False, rich_help_panel=METHOD
     ),
 ]
+Budget = Annotated[
+    str | None,
+    typer.Option(
+        "--budget",
+        help="What the model may cost at most, instead of a sparsity: '50% MACs', '2M params', '10 MB' or, measured on this"
+        " machine, '5 ms'. Several, separated by commas, are compared.",
+        show_default=False,
+        rich_help_panel=METHOD,
+    ),
+]
 Criteria = Annotated[
     str | None,
     typer.Option(

@@ -17,6 +17,7 @@ def command(
     model: o.Model,
     recipe: o.RecipeFile = None,
     sparsity: o.OneSparsity = None,
+    budget: o.Budget = None,
     criterion: o.OneCriterion = None,
     pattern: o.Pattern = None,
     allocation: o.Allocation = None,
@@ -43,8 +44,8 @@ def command(
     from secateur.cli.sources import load_inputs
 
     wanted = recipe_of(
-        recipe, sparsity=sparsity, criterion=criterion, pattern=pattern, allocation=allocation, reduction=reduction,
-        layers=layers, ignore=ignore, seed=seed,
+        recipe, sparsity=sparsity, budget=budget, criterion=criterion, pattern=pattern, allocation=allocation,
+        reduction=reduction, layers=layers, ignore=ignore, seed=seed,
     )  # fmt: skip
     import secateur as sc
 
@@ -55,6 +56,8 @@ def command(
         print_json(plan)
         return
     out.print(plan_table(plan))
+    if plan.budget is not None:
+        print_budget(plan.budget)
     print_groups(plan.groups, full=full)
     told = {m.rpartition(":")[0] for g in plan.groups for m in g.members if g.reason}
     print_skipped({name: why for name, why in plan.skipped.items() if name not in told})
@@ -76,6 +79,14 @@ def plan_table(plan: Any) -> Any:
         removed = layer.parameters - layer.kept
         table.add_row(layer.name, shape, f"{layer.parameters:,}", f"{removed:,}", f"{layer.sparsity:.1%}")
     return table
+
+
+def print_budget(budget: Any) -> None:
+    """What the plan promises, and of milliseconds what was measured."""
+    number = "{:.3f}" if budget.unit == "ms" else "{:,.0f}"
+    found = "" if budget.achieved is None else f", measured {number.format(budget.achieved)}"
+    dense, limit, promised = (number.format(v) for v in (budget.dense, budget.limit, budget.promised))
+    out.print(f"budget {budget.asked}: at most {limit} of {dense} {budget.unit}; promised {promised}{found}", markup=False)
 
 
 def print_groups(groups: Sequence[Any], *, full: bool) -> None:

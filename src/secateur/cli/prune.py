@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ def command(
     model: o.Model,
     recipe: o.RecipeFile = None,
     sparsity: o.Sparsity = None,
+    budget: o.Budget = None,
     criterion: o.Criteria = None,
     pattern: o.Pattern = None,
     allocation: o.Allocation = None,
@@ -63,7 +64,7 @@ def command(
         ignore=ignore, seed=seed, repair=repair, reestimate_norms=reestimate_norms, finetune=finetune, lr=lr,
         optimizer=optimizer,
     )  # fmt: skip
-    recipes = variants(common, numbers(sparsity, "--sparsity"), listed(criterion))
+    recipes = variants(common, numbers(sparsity, "--sparsity"), listed(criterion), listed(budget))
     if to is None and not json:
         err.print("[dim]nothing will be written: give --out DIR to keep the pruned model and its report[/dim]")
     with progress_bars(json):
@@ -74,12 +75,12 @@ def command(
     show(reports, to, json)
 
 
-def variants(common: Recipe, sparsities: list[float], criteria: list[str]) -> list[Recipe]:
-    """The recipe at every combination of the sparsities and criteria that were given."""
+def variants(common: Recipe, sparsities: list[float], criteria: list[str], budgets: list[str]) -> list[Recipe]:
+    """The recipe at every combination of the sparsities or budgets and criteria that were given."""
     from secateur.recipe import Recipe
 
-    choices: Iterable[tuple[str | None, float | None]] = itertools.product(criteria or [None], sparsities or [None])  # type: ignore[list-item]
-    return [Recipe.make(common, criterion=c, sparsity=s) for c, s in choices]
+    choices = itertools.product(criteria or [None], sparsities or [None], budgets or [None])  # type: ignore[list-item]
+    return [Recipe.make(common, criterion=c, sparsity=s, budget=b) for c, s, b in choices]
 
 
 def sensitivity(inputs: Inputs, recipe: Recipe) -> Any:
@@ -101,7 +102,7 @@ def run(inputs: Inputs, recipes: list[Recipe], to: Path | None, overwrite: bool,
 
     folders = [to] if len(recipes) == 1 else [to / folder_name(r) if to else None for r in recipes]
     if len(set(folders)) < len([f for f in folders if f]):
-        raise RecipeError("two of the recipes are the same: give each sparsity and criterion once")
+        raise RecipeError("two of the recipes are the same: give each sparsity, budget and criterion once")
     before, reports = None, []
     for recipe, folder in zip(recipes, folders, strict=True):
         result = sc.prune(
@@ -114,10 +115,12 @@ def run(inputs: Inputs, recipes: list[Recipe], to: Path | None, overwrite: bool,
 
 
 def folder_name(recipe: Recipe) -> str:
-    """``magnitude-50``: what tells the runs of one comparison apart."""
+    """``magnitude-50``, ``magnitude-50-MACs``: what tells the runs of one comparison apart."""
     from secateur.registry import name_of
 
     name = name_of(recipe.criterion)
+    if recipe.budget is not None:
+        return f"{name}-{re.sub(r'[^A-Za-z0-9.]+', '-', recipe.budget)}"
     return name if recipe.sparsity is None else f"{name}-{100 * recipe.sparsity:g}"
 
 

@@ -68,16 +68,15 @@ def kept_counts(
     for name, value in (("round_to", round_to), ("min_width", min_width)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise RecipeError(f"{name} must be a whole number of at least 1, got {value!r}")
-    competitors = _competitors(graph, groups, scores)
     kept = {}
-    for rivals in _rivals(competitors, scope):
+    for rivals in rivals_of(competitors(graph, groups, scores), scope):
         for rival, width in zip(rivals, _widths(rivals, share, round_to, min_width), strict=True):
-            kept.update({g.id: width * g.units // rival.units for g in rival.groups})
+            kept.update(rival.keeping(width))
     return kept
 
 
 @dataclass(frozen=True)
-class _Competitor:
+class Competitor:
     """A group, or several that are tied. `ranked [units]` are the scores of their units, best first."""
 
     groups: tuple[Group, ...]
@@ -93,8 +92,13 @@ class _Competitor:
         """Equal for those that do the same in different blocks."""
         return tuple(g.shape for g in self.groups)
 
+    def keeping(self, width: int) -> dict[int, int]:
+        """Units that each of its groups keeps, by id, when `width` of its units stay."""
+        return {g.id: width * g.units // self.units for g in self.groups}
 
-def _competitors(graph: Graph, groups: Sequence[Group], scores: Mapping[int, Tensor]) -> list[_Competitor]:
+
+def competitors(graph: Graph, groups: Sequence[Group], scores: Mapping[int, Tensor]) -> list[Competitor]:
+    """The groups as they compete: those that are tied as one."""
     found, seen = [], set[int]()
     for group in groups:
         if group.id in seen:
@@ -104,26 +108,27 @@ def _competitors(graph: Graph, groups: Sequence[Group], scores: Mapping[int, Ten
         smallest = min(g.units for g in together)
         ranked = [scores[g.id].double().sort(descending=True).values for g in together]
         mean = torch.stack([F.adaptive_avg_pool1d(r[None], smallest)[0] for r in ranked]).mean(0)
-        found.append(_Competitor(together, mean))
+        found.append(Competitor(together, mean))
     return found
 
 
-def _rivals(competitors: Sequence[_Competitor], scope: str) -> list[list[_Competitor]]:
+def rivals_of(all_of_them: Sequence[Competitor], scope: str) -> list[list[Competitor]]:
+    """Sets of competitors whose units compete with each other."""
     if scope == "local":
-        return [[c] for c in competitors]
+        return [[c] for c in all_of_them]
     if scope == "global":
-        return [list(competitors)]
+        return [list(all_of_them)]
     if scope != "isomorphic":
         raise UnknownName("scope", str(scope), get_args(Scope))
-    alike: dict[tuple[Any, ...], list[_Competitor]] = {}
-    for c in competitors:
+    alike: dict[tuple[Any, ...], list[Competitor]] = {}
+    for c in all_of_them:
         alike.setdefault(c.shape, []).append(c)
     return list(alike.values())
 
 
-def _widths(rivals: Sequence[_Competitor], sparsity: float, round_to: int, min_width: int) -> list[int]:
+def _widths(rivals: Sequence[Competitor], sparsity: float, round_to: int, min_width: int) -> list[int]:
     """The width of each rival after the steps with the lowest mean scores, down the ladders of allowed widths, are taken."""
-    steps = [_steps(r.ranked, round_to, min_width) for r in rivals]
+    steps = [steps_down(r.ranked, round_to, min_width) for r in rivals]
     means, sizes = torch.cat([m for m, _ in steps]), torch.cat([s for _, s in steps])
     owner = torch.repeat_interleave(torch.arange(len(rivals)), torch.tensor([len(m) for m, _ in steps]))
     target = removed_count(sum(r.units for r in rivals), sparsity)
@@ -134,7 +139,7 @@ def _widths(rivals: Sequence[_Competitor], sparsity: float, round_to: int, min_w
     return [r.units - int(n) for r, n in zip(rivals, gone, strict=True)]
 
 
-def _steps(ranked: Tensor, round_to: int, min_width: int) -> tuple[Tensor, Tensor]:
+def steps_down(ranked: Tensor, round_to: int, min_width: int) -> tuple[Tensor, Tensor]:
     """Mean score and number of units of every step from one allowed width to the next, best first.
 
     Allowed are multiples of `round_to` from `min_width` on, and all units.
@@ -150,4 +155,4 @@ def _steps(ranked: Tensor, round_to: int, min_width: int) -> tuple[Tensor, Tenso
     return torch.cat(means), torch.cat(sizes)
 
 
-__all__ = ["Scope", "kept_counts", "lowest", "select"]
+__all__ = ["Competitor", "Scope", "competitors", "kept_counts", "lowest", "rivals_of", "select", "steps_down"]

@@ -98,16 +98,16 @@ class Graph:
 
     def groups_of(self, labels: Array) -> list[int]:
         """Numbers of the groups whose units decide what is kept of `labels`."""
-        return [g for g in distinct(self._group_of[self._expanded(labels)[1]]).tolist() if g >= 0]
+        return [g for g in distinct(self._group_of[self.leaves_of(labels)[1]]).tolist() if g >= 0]
 
     def count(self, labels: Array, removed: NDArray[np.bool_]) -> int:
         """How many of `labels` are kept."""
-        index, leaf = self._expanded(labels)
+        index, leaf = self.leaves_of(labels)
         return len(labels) - len(distinct(index[removed[leaf]]))
 
     def mask(self, labels: Array, removed: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """Which of `labels` are kept."""
-        index, leaf = self._expanded(labels)
+        index, leaf = self.leaves_of(labels)
         kept = np.ones(len(labels), bool)
         kept[index[removed[leaf]]] = False
         return kept
@@ -137,7 +137,8 @@ class Graph:
                 return f"{text(left)} {symbol} {text(right)} in {module or 'the model itself'}, which would be {a} {symbol} {b}"
         return None
 
-    def _expanded(self, labels: Array) -> tuple[Array, Array]:
+    def leaves_of(self, labels: Array) -> tuple[Array, Array]:
+        """``(index, leaf)``: position `index` of `labels` goes when any of its leaves goes."""
         key = id(labels)
         if key not in self._count_pairs:
             index, leaf, _ = self._leaves.expand(labels)
@@ -261,7 +262,7 @@ class Graph:
                 g
                 for side in (e.left, e.right)
                 for a in counts_in(side)
-                for g in distinct(self._group_of[self._expanded(a)[1]]).tolist()
+                for g in distinct(self._group_of[self.leaves_of(a)[1]]).tolist()
             }
             groups_in.append(own - {-1})
             for g in own:

@@ -138,7 +138,7 @@ class _Counter(TorchDispatchMode):
         kwargs = kwargs or {}
         operation = func._overloadpacket
         out = func(*args, **kwargs)
-        for count, factors in _products(operation, args, kwargs, out):
+        for count, factors in products(operation, args, kwargs, out):
             self._count(count, factors)
         if operation in _COPIES and (name := self._name(args[0])) is not None and (address := _address(out)) is not None:
             self._names[address] = name
@@ -175,7 +175,8 @@ class _Counter(TorchDispatchMode):
         return Macs(self._dense, self._nonzero, layers, tuple(sorted(self._uncounted)))
 
 
-def _products(operation: Any, args: Any, kwargs: Any, out: Any) -> Products:
+def products(operation: Any, args: Any, kwargs: Any, out: Any) -> Products:
+    """The products that one call of an ATen operation does, by shapes alone: tensors on the meta device will do."""
     if operation in _FORMULAS:
         return _FORMULAS[operation](*args, **kwargs)
     if operation not in flop_registry:

@@ -48,7 +48,7 @@ class Distillation:
     Example:
         >>> teacher, student = nn.Linear(4, 3), nn.Linear(4, 3)
         >>> loss = Distillation(teacher, logits=1.0, temperature=2.0)
-        >>> float(loss(teacher, torch.ones(2, 4)))
+        >>> loss(teacher, torch.ones(2, 4)).item()
         0.0
     """
 

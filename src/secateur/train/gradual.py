@@ -70,7 +70,7 @@ def gradual(
     """
     _check_steps(begin, end, every)
     wanted = Recipe.make(recipe, **changes)
-    if unused := sorted(wanted.model_fields_set & {"steps", "solver", "finetune", "reestimate_norms"}):
+    if unused := sorted(wanted.model_fields_set & {"steps", "solver", "finetune", "reestimate_norms", "budget"}):
         raise RecipeError(
             f"gradual pruning happens in a training loop of yours: {', '.join(unused)} belong to sc.prune. Leave them out."
         )
