@@ -31,11 +31,26 @@ import secateur as sc
 from secateur.graph import cut as cut_model
 
 FEWER = (0.2, 0.35, 0.5)
-#: Our criterion and reduction, and the peer's importance.
-CRITERIA: dict[str, tuple[dict[str, Any], Callable[[Any], Any]]] = {
-    "L1": ({"criterion": "magnitude"}, lambda tp: tp.importance.GroupMagnitudeImportance(p=1)),
+Importance = Callable[[Any], Any]
+
+
+def _l1(tp: Any) -> Any:
+    return tp.importance.GroupMagnitudeImportance(p=1)
+
+
+def _taylor(tp: Any) -> Any:
+    return tp.importance.GroupTaylorImportance()
+
+
+#: Keys of our recipe, and the peer's importance. A global allocation is a global ranking in both.
+CRITERIA: dict[str, tuple[dict[str, Any], Importance]] = {
+    "L1": ({"criterion": "magnitude"}, _l1),
+    "Taylor": ({"criterion": "taylor"}, _taylor),
+    "L1, global": ({"criterion": "magnitude", "allocation": "global"}, _l1),
+    "Taylor, global": ({"criterion": "taylor", "allocation": "global"}, _taylor),
     "L2": ({"criterion": "magnitude", "reduction": "l2"}, lambda tp: tp.importance.GroupMagnitudeImportance(p=2)),
-    "Taylor": ({"criterion": "taylor"}, lambda tp: tp.importance.GroupTaylorImportance()),
+    "FPGM": ({"criterion": "fpgm"}, lambda tp: tp.importance.FPGMImportance()),
+    "BatchNorm scale": ({"criterion": "bn_scale"}, lambda tp: tp.importance.BNScaleImportance()),
     "random": ({"criterion": "random"}, lambda tp: tp.importance.RandomImportance()),
 }
 TUNED = ("L1", "Taylor")  # criteria whose cuts are fine-tuned as well
@@ -76,19 +91,21 @@ def ours(task: Task, criterion: str, fewer: float) -> Iterator[tuple[str, nn.Mod
             model = cut_model(model, sc.plan(model, sparsity=sparsity, example=task.example, **keys))
         return task.macs(model)
 
-    sparsity = bisect(macs_at, task.macs(task.model) * (1 - fewer))
-    yield "norms", cut(task, criterion, sparsity, reestimate_norms=True)
-    repaired = cut(task, criterion, sparsity, repair="least-squares")
+    how: dict[str, Any] = {"budget": f"{100 * (1 - fewer):g}% MACs"}
+    if "allocation" not in CRITERIA[criterion][0]:
+        how = {"sparsity": bisect(macs_at, task.macs(task.model) * (1 - fewer))}
+    yield "norms", cut(task, criterion, reestimate_norms=True, **how)
+    repaired = cut(task, criterion, repair="least-squares", **how)
     yield "repair", repaired
     if criterion in TUNED:
         yield "tuned", tuned(task, repaired)
 
 
-def cut(task: Task, criterion: str, sparsity: float, **how: Any) -> nn.Module:
+def cut(task: Task, criterion: str, **how: Any) -> nn.Module:
     model = task.model
     for keys in task.cuts:
         keys = {**keys, **CRITERIA[criterion][0], **how}
-        model = sc.prune(model, sparsity=sparsity, data=task.data, example=task.example, loss=task.loss, **keys).model
+        model = sc.prune(model, data=task.data, example=task.example, loss=task.loss, **keys).model
     return model
 
 
@@ -98,7 +115,7 @@ def peer(task: Task, criterion: str, fewer: float) -> Iterator[tuple[str, nn.Mod
 
     dense = copy.deepcopy(task.model)
     dense.requires_grad_(True)
-    gradients = _gradients(task, dense) if criterion == "Taylor" else {}
+    gradients = _gradients(task, dense) if "Taylor" in criterion else {}
 
     @functools.cache
     def pruned(ratio: float) -> nn.Module:
@@ -107,7 +124,9 @@ def peer(task: Task, criterion: str, fewer: float) -> Iterator[tuple[str, nn.Mod
         for name, parameter in model.named_parameters():
             parameter.grad = gradients.get(name)
         importance = CRITERIA[criterion][1](tp)
-        tp.pruner.BasePruner(model, task.example, importance, **task.peer(model, ratio)).step()
+        tp.pruner.BasePruner(
+            model, task.example, importance, global_pruning="global" in criterion, **task.peer(model, ratio)
+        ).step()
         model.zero_grad(set_to_none=True)
         return model
 
@@ -136,7 +155,7 @@ def tuned(task: Task, model: nn.Module) -> nn.Module:
 TOOLS = {"Secateur": ours, "Torch-Pruning": peer}
 
 
-def measure(task: Task, rows: Rows, criteria: list[str], stop: float) -> None:
+def measure(task: Task, rows: Rows, criteria: list[str], levels: list[float], stop: float) -> None:
     """All rows of a task that are not known yet, until the time is up."""
     dense = task.macs(task.model)
     rows.found.setdefault("notes", {})[task.name] = {"title": task.title, "text": task.notes}
@@ -147,7 +166,7 @@ def measure(task: Task, rows: Rows, criteria: list[str], stop: float) -> None:
             seconds = time.process_time() - started
             rows.keep(f"{task.name}/dense/{stage}", {"quality": task.evaluate(model), "fewer": 0.0, "seconds": seconds})
     for criterion in criteria:
-        for fewer in FEWER:
+        for fewer in levels:
             for tool, make in TOOLS.items():
                 stages = ["norms", *(["repair"] if make is ours else []), *(["tuned"] if criterion in TUNED else [])]
                 if all(f"{task.name}/{tool}/{criterion}/{fewer}/{s}" in rows.found for s in stages):
@@ -215,12 +234,11 @@ def page(rows: Rows, threads: int) -> list[str]:
     lines = [
         "# Accuracy after units are cut out, beside Torch-Pruning",
         "",
-        "The same units, criterion, calibration data and multiply-adds; local ranking, the same fraction of every layer, found "
-        "by bisection. *norms*: BatchNorm statistics re-estimated by one function for both (MiniLM has none: cut, and nothing "
-        'else). *repaired*: `repair="least-squares"` instead, from the same data, without labels. *tuned*: then fine-tuned, '
-        "theirs from *norms* and ours from *repaired*, by one loop with the same settings. "
-        f"Torch-Pruning {version('torch-pruning')}: `BasePruner` with `GroupMagnitudeImportance`, `GroupTaylorImportance`, "
-        "`RandomImportance`.",
+        "The same units, criterion, calibration data and multiply-adds. The ranking is local, the same fraction of every "
+        "layer, unless the line says global. *norms*: BatchNorm statistics re-estimated by one function for both (MiniLM has "
+        'none: cut, and nothing else). *repaired*: `repair="least-squares"` instead, from the same data, without labels. '
+        "*tuned*: then fine-tuned, theirs from *norms* and ours from *repaired*, by one loop with the same settings. "
+        f"Torch-Pruning {version('torch-pruning')}: `BasePruner` with its importance of the criterion, defaults kept.",
         "",
         tally(rows),
         "",
@@ -286,6 +304,7 @@ def main() -> None:
     parser.add_argument("rows", type=Path, nargs="+", help="JSON files that keep the rows; new ones go into the first")
     parser.add_argument("--task", nargs="*", default=list(TASKS), choices=[*TASKS, []], help="none: only write the page")
     parser.add_argument("--criterion", nargs="+", default=list(CRITERIA), choices=list(CRITERIA))
+    parser.add_argument("--fewer", nargs="+", type=float, default=list(FEWER), choices=FEWER)
     parser.add_argument("--minutes", type=float, default=1e6, help="stop after the row that passes them")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--quick", action="store_true", help="few images, printed and not kept")
@@ -294,7 +313,7 @@ def main() -> None:
     stop = time.monotonic() + 60 * options.minutes
     rows = Rows(options.rows[0])
     for name in options.task:
-        measure(TASKS[name](options.quick), rows, options.criterion, stop)
+        measure(TASKS[name](options.quick), rows, options.criterion, options.fewer, stop)
     for other in options.rows[1:]:
         more = Rows(other).found
         rows.found = {**rows.found, **more, "notes": {**rows.found.get("notes", {}), **more.get("notes", {})}}
