@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from secateur.allocation import ALLOCATIONS
-from secateur.criteria import CRITERIA
+from secateur.criteria import CRITERIA, UNIT_CRITERIA
 from secateur.patterns import PATTERNS
 from secateur.recipe import Recipe
 from secateur.schedules import SCHEDULES
@@ -22,6 +22,10 @@ from secateur.train.regrow import REGROW
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 SECTIONS = {
     "Criteria": (CRITERIA, "How much each weight matters: `criterion=`. Higher = keep."),
+    "Criteria of whole units": (
+        UNIT_CRITERIA,
+        "For patterns that cut units out (channel, ffn, head, width, layer): `criterion=`, as well. Higher = keep.",
+    ),
     "Patterns": (PATTERNS, "What is removed together: `pattern=`."),
     "Allocations": (ALLOCATIONS, "How much each layer loses: `allocation=`."),
     "Schedules": (SCHEDULES, "How the sparsity grows over the steps: `schedule=`."),

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import LayerError, NonFiniteError, UnknownName
+from secateur.sharded import whole
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -88,7 +89,7 @@ def matches(pattern: str, name: str) -> bool:
 def check_finite(layers: Iterable[Layer]) -> None:
     """Raise NonFiniteError naming the first weight that holds NaN or infinite values, and how many."""
     for layer in layers:
-        weight = layer.parameter.detach()
+        weight = whole(layer.parameter.detach())
         low, high = torch.aminmax(weight)
         if not (torch.isfinite(low) and torch.isfinite(high)):
             raise NonFiniteError(non_finite_message(f"the weight {layer.name!r}", weight))

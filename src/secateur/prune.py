@@ -72,7 +72,7 @@ def prune(
         overwrite: replace `out` where it exists.
         source: where the model came from, recorded in the artifact so that `sc.load` can rebuild it.
         before: the measurement of the dense model, where it was made already (``report.before`` of another run).
-        sensitivity: what `scan` found of this model, to be shown in the report.
+        sensitivity: what `scan` found of this model: shown in the report, and what ``allocation="sensitivity"`` goes by.
         changes: any key of the recipe, laid over it: ``sparsity=0.9, criterion="taylor", pattern="2:4", ...``.
 
     Returns:
@@ -92,7 +92,9 @@ def prune(
     wanted = Recipe.make(recipe, **changes)
     units = make_pattern(wanted.pattern)
     if isinstance(units, Units):
-        job: Job | UnitJob = prepare_units(model, wanted, units, data=data, train=train, loss=loss, example=example)
+        job: Job | UnitJob = prepare_units(
+            model, wanted, units, data=data, train=train, loss=loss, example=example, sensitivity=sensitivity
+        )
     else:
         job = prepare(model, wanted, data=data, train=train, loss=loss, example=example)
     if out is not None:
@@ -127,6 +129,7 @@ def plan(
     data: Iterable[Batch] | None = None,
     loss: Loss | None = None,
     example: Batch | None = None,
+    sensitivity: Sequence[Sensitivity] = (),
     **changes: Any,
 ) -> Plan:
     """Dry run: how much every layer would lose, and which layers are left alone and why. The model is not touched.
@@ -141,10 +144,11 @@ def plan(
     wanted = Recipe.make(recipe, **changes)
     units = make_pattern(wanted.pattern)
     if isinstance(units, Units):
-        return choose_units(model, prepare_units(model, wanted, units, data=data, train=data, loss=loss, example=example)).plan
-    job, budget = within_budget(prepare(model, wanted, data=data, train=data, loss=loss, example=example), model)
-    masks = choose(job.layers, job.statistics(model).layers, sparsity=job.sparsity, method=job.method)
-    return replace(_plan(job, masks), budget=budget)
+        job = prepare_units(model, wanted, units, data=data, train=data, loss=loss, example=example, sensitivity=sensitivity)
+        return choose_units(model, job).plan
+    masked, budget = within_budget(prepare(model, wanted, data=data, train=data, loss=loss, example=example), model)
+    masks = choose(masked.layers, masked.statistics(model).layers, sparsity=masked.sparsity, method=masked.method)
+    return replace(_plan(masked, masks), budget=budget)
 
 
 @dataclass(frozen=True)

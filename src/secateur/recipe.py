@@ -93,7 +93,8 @@ class Recipe(_Strict):
     reduction: str | None = None
     """How the scores of a unit's weights become one: sum, mean, l2, max or abs_sum. By default the criterion's own."""
     pattern: Piece = "element"
-    """What is removed together: element, row, neuron, n:m ("2:4" keeps 2 of 4), block ("4x1")."""
+    """What is removed together: element, row, neuron, n:m ("2:4" keeps 2 of 4), block ("4x1"); channel, ffn, head, head_dim and
+    width are cut out for real."""
     allocation: Piece | None = None
     """How much each layer loses. By default global, and uniform for n:m. Of units cut out: uniform (the default), global,
     or isomorphic, by which those of groups that do the same in different blocks compete."""

@@ -10,12 +10,12 @@ import torch
 from torch import IntTensor, Tensor, nn
 
 from secateur.allocation import ALLOCATIONS
-from secateur.criteria import CRITERIA
+from secateur.criteria import CRITERIA, UNIT_CRITERIA
 from secateur.errors import LayerError, NonFiniteError, RecipeError
 from secateur.layers import Layer, check_finite, find_layers, non_finite_message
 from secateur.patterns import REDUCTIONS, Units, make_pattern, reduce
 from secateur.quadratic import output_error
-from secateur.registry import Named, bind
+from secateur.registry import Named, bind, name_of
 from secateur.select import top
 from secateur.solved import SolvedSoFar
 from secateur.solvers import SOLVERS
@@ -57,6 +57,11 @@ def resolve(
         raise RecipeError(
             f"pattern {made.name} fixes the sparsity of every group, so allocation {name!r} has nothing to decide. "
             "Leave the allocation out or use 'uniform'."
+        )
+    if name_of(criterion) in UNIT_CRITERIA:
+        raise RecipeError(
+            f"criterion {name_of(criterion)!r} scores whole units, which pattern {made.name!r} does not cut: "
+            "use pattern='channel', 'ffn', 'head' or another that does"
         )
     criterion_name, score = bind(CRITERIA, criterion)
     facts = CRITERIA[criterion_name].facts

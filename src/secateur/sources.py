@@ -75,7 +75,7 @@ def parse_source(text: str, kinds: Iterable[str], error: type[SecateurError]) ->
         why = f"is longer than {_LONGEST} characters" if len(text) > _LONGEST else "has characters that cannot be printed"
         raise error(f"the source {text[:60]!r} {why}")
     head, mark, tail = text.partition("?")
-    options = _options(tail, text, error) if mark else {}
+    options = parse_options(tail, text, error) if mark else {}
     head, select = _select(head, text, error)
     kind, rest = _kind(head, text, sorted(kinds), error)
     return Source(kind, rest, options, select, error)
@@ -162,16 +162,17 @@ def existing_path(text: str, what: str, error: type[SecateurError]) -> Path:
     raise error(f"{what} {text!r} does not exist{near if near != '.' else f'. Working directory: {os.getcwd()}'}")
 
 
-def _options(tail: str, text: str, error: type[SecateurError]) -> dict[str, Any]:
+def parse_options(tail: str, text: str, error: type[SecateurError]) -> dict[str, Any]:
+    """What stands behind the question mark of `text`, ``key=value&key=value``; `error` is raised where it is malformed."""
     options: dict[str, Any] = {}
     for item in tail.split("&"):
         key, equals, value = item.partition("=")
         if not equals or not key.isidentifier():
-            raise error(f"the source {text!r}: {item!r} is no key=value. Options are written ?key=value&key=value.")
+            raise error(f"{text!r}: {item!r} is no key=value. Options are written ?key=value&key=value.")
         if key in options:
-            raise error(f"the source {text!r} gives the option {key!r} twice")
+            raise error(f"{text!r} gives the option {key!r} twice")
         if _SLICE.search(value) and ":" in value:
-            raise error(f"the source {text!r}: the slice belongs before the '?'")
+            raise error(f"{text!r}: the slice belongs before the '?'")
         options[key] = _literal(unquote(value))
     return options
 

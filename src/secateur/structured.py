@@ -2,33 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from secateur.budgets.choose import kept_within
-from secateur.criteria import CRITERIA
+from secateur.budgets.choose import choose_counts
 from secateur.data.batches import Batch, Batches, Loss, inputs_of
 from secateur.errors import LayerError, ModelError, RecipeError
-from secateur.graph import Graph, Group, choose_groups, cut, difference, lowest, make_plan, select, trace, unit_scores
+from secateur.graph import Graph, Group, choose_groups, cut, difference, lowest, make_plan, select, trace
 from secateur.graph.choose import Scope
 from secateur.graph.prune import TOLERANCE
 from secateur.job import check_data
 from secateur.layers import check_finite, find_layers, matches
 from secateur.patterns import Units
 from secateur.recipe import Recipe
-from secateur.registry import bind, name_of
 from secateur.repair_units import refit, write
 from secateur.sparsity import check_sparsity
-from secateur.stats import collect
-from secateur.types import MaskSet, Plan
+from secateur.types import MaskSet, Plan, Sensitivity
+from secateur.unit_scoring import criterion_entry, score_units
 
 #: Allocations of units that are cut out -> whose units compete: uniform within each group, isomorphic among groups that do the
 #: same in different blocks (Fang et al. 2024, Isomorphic Pruning for Vision Models), global among all.
 ALLOCATIONS: Mapping[str, Scope] = {"uniform": "local", "isomorphic": "isomorphic", "global": "global"}
+#: The allocation by which every group loses as much as makes the same damage, by the curves of `sc.scan`.
+BY_CURVES = "sensitivity"
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ class UnitJob:
     train: Batches | None
     loss: Loss | None
     example: Batch
+    sensitivity: tuple[Sensitivity, ...] = ()  #: curves, for the allocation that goes by them
     train_loss: Loss | None = None  #: of the fine-tuning, where it is another than `loss`
 
     @property
@@ -85,19 +86,25 @@ def prepare_units(
     train: Iterable[Batch] | None,
     loss: Loss | None,
     example: Batch | None,
+    sensitivity: Sequence[Sensitivity] = (),
 ) -> UnitJob:
     """Resolve `recipe` for `model`. Whatever is wrong with it is said here, before any work is done."""
     sparsity = _check(recipe, units)
-    name, _ = bind(CRITERIA, recipe.criterion)
+    if recipe.allocation == BY_CURVES and not sensitivity:
+        raise RecipeError(
+            f"allocation {BY_CURVES!r} goes by the curves of a scan: pass sensitivity=sc.scan(model, pattern={units.name!r}, "
+            "evaluate=...)"
+        )
+    criterion = criterion_entry(recipe)
     batches = None if data is None else Batches(data)
     training = batches if train is None else Batches(train)
-    check_data(recipe, name, CRITERIA[name].facts["needs"], batches, training)
+    check_data(recipe, criterion.name, criterion.facts["needs"], batches, training)
     if example is None and batches is not None:
         example = next(iter(batches))
     if example is None:
         raise RecipeError(f"pattern {units.name!r} follows a batch through the model: pass example= or data=")
     check_finite(find_layers(model)[0].values())
-    return UnitJob(recipe, units, sparsity, batches, training, loss, example)
+    return UnitJob(recipe, units, sparsity, batches, training, loss, example, tuple(sensitivity))
 
 
 def cut_units(model: nn.Module, job: UnitJob, *, inplace: bool = False) -> Smaller:
@@ -128,25 +135,41 @@ def cut_units(model: nn.Module, job: UnitJob, *, inplace: bool = False) -> Small
     return Smaller(smaller, chosen.plan, masks, (*notes, checked))
 
 
-def choose_units(model: nn.Module, job: UnitJob) -> Chosen:
-    """Trace, score and choose. Touches nothing."""
+@dataclass(frozen=True)
+class Ranked:
+    """The groups that a recipe cuts, and ``[units]`` scores of each, by id: the lowest go first."""
+
+    graph: Graph
+    groups: list[Group]
+    scores: dict[int, Tensor]
+    notes: tuple[str, ...]
+
+
+def rank_units(model: nn.Module, job: UnitJob) -> Ranked:
+    """Trace and score. Touches nothing."""
     recipe, units = job.recipe, job.units
     graph = trace(model, job.arguments)
     groups = _groups(graph, recipe, units)
-    saliency, notes = _saliency(model, job, groups)
-    how = recipe.reduction or ("abs_sum" if CRITERIA[name_of(recipe.criterion)].facts["reduction"] == "abs_sum" else "mean")
-    scores = unit_scores(model, groups, saliency, "sum" if how == "abs_sum" else how)  # type: ignore[arg-type]
-    if how == "abs_sum":
-        scores = {g: s.abs() for g, s in scores.items()}
-    scope = ALLOCATIONS[recipe.allocation or "uniform"]  # type: ignore[index]
-    widths: dict[str, Any] = {"round_to": units.round_to, "min_width": units.min_width, "scope": scope}
-    if job.sparsity is not None:
-        removed = select(graph, groups, scores, job.sparsity, **widths)
-        return Chosen(graph, removed, make_plan(graph, model, removed), (*graph.notes, *notes))
-    kept, budget = kept_within(recipe.budget, model, graph, groups, scores, example=job.arguments, **widths)
-    removed = lowest(groups, scores, kept)
-    plan = replace(make_plan(graph, model, removed), budget=budget)
-    return Chosen(graph, removed, plan, (*graph.notes, *notes))
+    found = score_units(model, groups, recipe, units, batches=job.batches, loss=job.loss, example=job.example)
+    return Ranked(graph, list(found.groups), dict(found.scores), (*graph.notes, *found.notes))
+
+
+def choose_units(model: nn.Module, job: UnitJob) -> Chosen:
+    """Trace, score and choose. Touches nothing."""
+    recipe, units = job.recipe, job.units
+    ranked = rank_units(model, job)
+    graph, groups, scores = ranked.graph, ranked.groups, ranked.scores
+    widths: dict[str, Any] = {"round_to": units.round_to, "min_width": units.min_width}
+    scope = job.sensitivity if recipe.allocation == BY_CURVES else ALLOCATIONS[recipe.allocation or "uniform"]  # type: ignore[index]
+    budget = None
+    if job.sparsity is not None and isinstance(scope, str):
+        removed = select(graph, groups, scores, job.sparsity, scope=scope, **widths)
+    else:
+        target = recipe.budget if job.sparsity is None else job.sparsity
+        where: dict[str, Any] = {"target": target, "scope": scope, "example": job.example}
+        kept, budget = choose_counts(model, graph, groups, scores, **where, **widths)
+        removed = lowest(groups, scores, kept)
+    return Chosen(graph, removed, replace(make_plan(graph, model, removed), budget=budget), ranked.notes)
 
 
 def masks_of(model: nn.Module, plan: Plan) -> MaskSet:
@@ -166,8 +189,8 @@ def _check(recipe: Recipe, units: Units) -> float | None:
         raise RecipeError(
             "sparsity is missing: give the fraction of units to cut, such as sparsity=0.5, or a budget such as '50% MACs'"
         )
-    if recipe.allocation is not None and recipe.allocation not in list(ALLOCATIONS):
-        raise RecipeError(f"pattern {units.name!r} knows the allocations {', '.join(ALLOCATIONS)}; got {recipe.allocation!r}")
+    if recipe.allocation is not None and recipe.allocation not in (known := [*ALLOCATIONS, BY_CURVES]):
+        raise RecipeError(f"pattern {units.name!r} knows the allocations {', '.join(known)}; got {recipe.allocation!r}")
     if recipe.solver != "keep":
         raise RecipeError(
             f"pattern {units.name!r} cuts units out; solver {recipe.solver!r} repairs masked weights. Leave it out."
@@ -189,13 +212,3 @@ def _groups(graph: Graph, recipe: Recipe, units: Units) -> list[Group]:
         why = "; ".join(fixed) or f"the model has no units of kind {', '.join(units.kinds)}"
         raise LayerError(f"pattern {units.name!r}: there is nothing to cut. {why}.")
     return groups
-
-
-def _saliency(model: nn.Module, job: UnitJob, groups: Iterable[Group]) -> tuple[Mapping[str, Tensor], tuple[str, ...]]:
-    """The criterion's saliency of every weight that belongs to a group, by parameter name."""
-    name, score = bind(CRITERIA, job.recipe.criterion)
-    members = {m.tensor for g in groups for m in g.members}
-    layers = {n: layer for n, layer in find_layers(model)[0].items() if n in members}
-    needs = CRITERIA[name].facts["needs"]
-    found = collect(model, layers, needs, batches=job.batches, loss=job.loss, seed=job.recipe.seed, example=job.example)
-    return {n: score(stats) for n, stats in found.layers.items()}, found.notes

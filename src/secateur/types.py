@@ -72,6 +72,44 @@ class LayerStats:
         return value
 
 
+class UnitNeed(enum.Enum):
+    """A statistic of whole units, from calibration batches, that a unit criterion asks for. The value is a `UnitStats` name."""
+
+    ACTIVATION_NORM = "activation_norm"  #: l2 norm of the unit's activations over all samples and positions
+    GATE_ABS = "gate_abs"  #: mean over samples of |derivative of the loss by a factor on the whole unit|
+    GATE_SQ = "gate_sq"  #: mean over samples of its square
+    BLOCK_CHANGE = "block_change"  #: 1 - cosine of a block's input and output, mean over positions
+    BLOCK_LOSS = "block_loss"  #: how much the loss rises when the block is bypassed
+
+    @property
+    def data(self) -> bool:
+        """Whether calibration batches are needed for it: always."""
+        return True
+
+
+@dataclass(frozen=True)
+class UnitStats:
+    """What is known of the units of a group in one of the tensors that they have slices in. Float32, units first.
+
+    `weight` is ``[units, elements]``, all else ``[units]``. Of whole blocks there is no weight: its `elements` are 0.
+    """
+
+    name: str
+    weight: Tensor
+    activation_norm: Tensor | None = None
+    gate_abs: Tensor | None = None
+    gate_sq: Tensor | None = None
+    block_change: Tensor | None = None
+    block_loss: Tensor | None = None
+
+    def need(self, which: UnitNeed) -> Tensor:
+        """The statistic `which`, or a LookupError that names the tensor and the missing statistic."""
+        value = getattr(self, which.value)
+        if value is None:
+            raise LookupError(f"{self.name!r} has no statistic {which.value!r}: declare it in the criterion's needs")
+        return value.clone()
+
+
 @runtime_checkable
 class Pattern(Protocol):
     """How the elements of a weight fold into removable units, and the groups within which units compete."""

@@ -104,7 +104,7 @@ def test_scan_curves_are_shown_in_the_report(tmp_path):
 
 def test_methods_lists_every_registered_piece(tmp_path):
     pieces = json.loads(secateur("methods", "--json", cwd=tmp_path))
-    assert {p["kind"] for p in pieces} == {"criterion", "pattern", "allocation", "schedule", "solver"}
+    assert {p["kind"] for p in pieces} >= {"criterion", "unit criterion", "pattern", "allocation", "schedule", "solver"}
     assert {"magnitude", "taylor", "snip", "grasp", "synflow", "obd", "lamp", "random"} <= {p["name"] for p in pieces}
     assert all(p["source"] and p["summary"] for p in pieces)
     assert "Molchanov" in " ".join(secateur("methods", "taylor", cwd=tmp_path).split())
@@ -157,3 +157,14 @@ def test_an_output_directory_in_use_is_left_alone(tmp_path):
         text = secateur("prune", NET, "-s", "0.5", "--out", "mine", *extra, cwd=tmp_path, status=1)
         assert "mine" in text
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "precious"
+
+
+def test_options_of_a_method_follow_a_question_mark():
+    from secateur.cli.recipes import piece, recipe_of
+    from secateur.errors import RecipeError
+
+    recipe = recipe_of(None, sparsity=0.5, pattern="channel?round_to=8&combine=first")
+    assert recipe.pattern == {"name": "channel", "round_to": 8, "combine": "first"}
+    assert piece("2:4") == "2:4"
+    with pytest.raises(RecipeError, match="key=value"):
+        piece("channel?round_to")

@@ -87,7 +87,18 @@ def test_concrete_pieces_are_found_through_their_registry_only(path):
     for name in imports(path):
         words = name.split(".")
         if name.startswith("secateur.") and len(words) > 2 and words[1] in REGISTRIES and part(path) != words[1]:
-            allowed = {"secateur", words[1], "make_pattern", "reduce", "REDUCTIONS", "Units", "criterion", "Criterion"}
+            allowed = {
+                "secateur",
+                words[1],
+                "make_pattern",
+                "reduce",
+                "REDUCTIONS",
+                "Units",
+                "criterion",
+                "Criterion",
+                "UNIT_CRITERIA",
+                "unit_criterion",
+            }
             allowed |= {REGISTRIES[words[1]], "registry"}
             assert set(words) <= allowed, f"{path.name} names the concrete piece {name}"
 

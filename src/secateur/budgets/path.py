@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -9,6 +10,9 @@ import torch
 
 from secateur.budgets.cost import Cost
 from secateur.graph.choose import Competitor, rivals_of, steps_down
+
+_BUNDLES = 32  # of one competitor's steps: as fine as an order by gain is made
+_STRIDES = (1, 2, 4, 8)  # bundles that may go at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,3 +108,53 @@ def refill(taken: Sequence[Step], cost: Cost, kept: Mapping[int, int], limit: fl
         else:
             stuck.add(id(step.of))
     return now
+
+
+def by_gain(
+    all_of_them: Sequence[Competitor], cost: Cost, round_to: int = 1, min_width: int = 1, *, scale: str = "total"
+) -> list[Step]:
+    """The order in which the score lost for each unit of cost saved is least, given what went before.
+
+    Scores are shares of their competitor's total, so that those of different layers compare. Where one step saves nothing, as
+    kernels that work on blocks of channels have it, longer strides of 2, 4 and 8 are weighed as well.
+    """
+    bundles = [_bundles(steps_of(c, round_to, min_width)) for c in all_of_them]
+    totals = [_scale(c, scale) for c in all_of_them]
+    kept, position, order = counts(all_of_them), [0] * len(bundles), list[Step]()
+
+    def best(i: int) -> tuple[float, int, int]:
+        """The least loss per saving of the next strides of competitor `i`, and how long that stride is."""
+        rates = []
+        for stride in _STRIDES:
+            ahead = bundles[i][position[i] : position[i] + stride]
+            if len(ahead) == stride:
+                lost = sum(s.score * s.units for bundle in ahead for s in bundle) / totals[i]
+                saved = -cost.change(kept, all_of_them[i].keeping(ahead[-1][-1].after))
+                rates.append((lost / saved if saved > 0 else float("inf"), i, stride))
+        return min(rates)
+
+    queue = [best(i) for i in range(len(bundles)) if bundles[i]]
+    heapq.heapify(queue)
+    while queue:
+        now = best(heapq.heappop(queue)[1])  # what went since it was queued may have changed its rate
+        if queue and now > queue[0]:
+            heapq.heappush(queue, now)
+            continue
+        _, i, stride = now
+        taken = [s for bundle in bundles[i][position[i] : position[i] + stride] for s in bundle]
+        order += taken
+        kept.update(all_of_them[i].keeping(taken[-1].after))
+        position[i] += stride
+        if position[i] < len(bundles[i]):
+            heapq.heappush(queue, best(i))
+    return order
+
+
+def _scale(c: Competitor, scale: str) -> float:
+    return {"total": float(c.ranked.sum()), "mean": float(c.ranked.mean()), "raw": 1.0}[scale]
+
+
+def _bundles(steps: Sequence[Step]) -> list[Sequence[Step]]:
+    """At most `_BUNDLES` runs of neighbouring steps."""
+    size = -(-len(steps) // _BUNDLES) or 1
+    return [steps[i : i + size] for i in range(0, len(steps), size)]

@@ -106,7 +106,8 @@ Pattern = Annotated[
     typer.Option(
         "--pattern",
         "-p",
-        help="What goes together: element (default), row, neuron, 2:4, 4x1.",
+        help="What goes together: element (default), row, neuron, 2:4, 4x1; channel, ffn, head, head_dim, width are cut out."
+        " Options follow a '?': 'channel?round_to=8&combine=first&normalize=mean'.",
         show_default=False,
         rich_help_panel=METHOD,
     ),

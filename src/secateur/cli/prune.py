@@ -56,7 +56,7 @@ def command(
     Example: secateur prune timm:resnet18?pretrained=true --sparsity 0.5,0.7 --data folder:calibration --test folder:validation
     --reestimate-norms --out runs/first
     """
-    from secateur.cli.recipes import listed, numbers, recipe_of
+    from secateur.cli.recipes import listed, numbers, piece, recipe_of
     from secateur.cli.sources import load_inputs
 
     common = recipe_of(
@@ -64,23 +64,29 @@ def command(
         ignore=ignore, seed=seed, repair=repair, reestimate_norms=reestimate_norms, finetune=finetune, lr=lr,
         optimizer=optimizer,
     )  # fmt: skip
-    recipes = variants(common, numbers(sparsity, "--sparsity"), listed(criterion), listed(budget))
+    criteria = [piece(c) for c in listed(criterion)]
+    recipes = variants(common, numbers(sparsity, "--sparsity"), criteria, listed(budget))
     if to is None and not json:
         err.print("[dim]nothing will be written: give --out DIR to keep the pruned model and its report[/dim]")
     with progress_bars(json):
         inputs = load_inputs(
             model, data=data, train=train, test=test, evaluate=evaluate, batch_size=batch_size, limit=limit, threads=threads
         )
-        reports = run(inputs, recipes, to, overwrite, sensitivity(inputs, recipes[0]) if scan else ())
+        reports = run(inputs, recipes, to, overwrite, sensitivity(inputs, recipes[0]) if scan or needs_scan(recipes[0]) else ())
     show(reports, to, json)
 
 
-def variants(common: Recipe, sparsities: list[float], criteria: list[str], budgets: list[str]) -> list[Recipe]:
+def variants(common: Recipe, sparsities: list[float], criteria: list[Any], budgets: list[str]) -> list[Recipe]:
     """The recipe at every combination of the sparsities or budgets and criteria that were given."""
     from secateur.recipe import Recipe
 
     choices = itertools.product(criteria or [None], sparsities or [None], budgets or [None])  # type: ignore[list-item]
     return [Recipe.make(common, criterion=c, sparsity=s, budget=b) for c, s, b in choices]
+
+
+def needs_scan(recipe: Recipe) -> bool:
+    """Whether the recipe goes by sensitivity curves."""
+    return recipe.allocation == "sensitivity"
 
 
 def sensitivity(inputs: Inputs, recipe: Recipe) -> Any:
@@ -92,7 +98,7 @@ def sensitivity(inputs: Inputs, recipe: Recipe) -> Any:
     return sc.scan(
         inputs.loaded.model, evaluate=inputs.evaluate, data=inputs.data, criterion=recipe.criterion, pattern=recipe.pattern,
         sparsities=SCANNED if ":" not in str(recipe.pattern) else None, reduction=recipe.reduction, layers=recipe.layers,
-        ignore=recipe.ignore, seed=recipe.seed, cache=SCAN_CACHE,
+        ignore=recipe.ignore, example=inputs.example, seed=recipe.seed, cache=SCAN_CACHE,
     )  # fmt: skip
 
 

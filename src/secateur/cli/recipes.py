@@ -18,13 +18,23 @@ def recipe_of(
     from secateur.recipe import Recipe
 
     base = Recipe.make(file)
-    given = {k: v for k, v in changes.items() if v not in (None, [], False)}
+    given = {k: piece(v) for k, v in changes.items() if v not in (None, [], False)}
     tuning = {k: v for k, v in (("epochs", finetune), ("lr", lr), ("optimizer", optimizer)) if v is not None}
     if tuning:
         if finetune is None and base.finetune is None:
             raise RecipeError("--lr and --optimizer are for fine-tuning: give --finetune EPOCHS too")
         given["finetune"] = {**(base.finetune.model_dump(exclude_unset=True) if base.finetune else {}), **tuning}
     return Recipe.make(base, **given)
+
+
+def piece(value: Any) -> Any:
+    """``"channel?round_to=8"`` -> ``{"name": "channel", "round_to": 8}``; all else as it is."""
+    if not isinstance(value, str) or "?" not in value:
+        return value
+    from secateur.sources import parse_options
+
+    name, _, options = value.partition("?")
+    return {"name": name, **parse_options(options, value, RecipeError)}
 
 
 def listed(text: str | None) -> list[str]:

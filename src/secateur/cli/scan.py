@@ -39,10 +39,23 @@ def command(
             rich_help_panel=o.RUN,
         ),
     ] = CACHE,
+    loss: Annotated[
+        float,
+        typer.Option(
+            "--loss",
+            min=0.0,
+            max=1.0,
+            help="Propose for each layer the sparsity that alone costs this fraction of the quality.",
+            rich_help_panel=o.METHOD,
+        ),
+    ] = 0.01,
     threads: o.Threads = None,
     json: o.Json = False,
 ) -> None:
-    """Prune one layer at a time and measure: the layers that bear much and those that bear little.
+    """Prune one layer at a time and measure: the layers that bear much and those that bear little, and a ratio for each.
+
+    With a pattern of units (channel, head, ...) groups of coupled units are cut out one at a time; 'secateur prune --allocation
+    sensitivity' goes by the same curves.
 
     Example: secateur scan examples/mlpnet_mnist.py:model --test 'npz:mnist.npz?split=test'
     """
@@ -60,23 +73,30 @@ def command(
         curves = sc.scan(
             inputs.loaded.model, evaluate=inputs.evaluate, data=inputs.data, sparsities=tuple(numbers(sparsity, "--sparsity")),
             criterion=criterion or "magnitude", pattern=pattern or "element", reduction=reduction, layers=layers,
-            ignore=tuple(ignore or ()), seed=seed or 0, cache=cache,
+            ignore=tuple(ignore or ()), example=inputs.example, seed=seed or 0, cache=cache,
         )  # fmt: skip
     if json:
         print_json(list(curves))
     else:
-        out.print(_table(curves))
-        err.print("The least sensitive layers come last. Prune those harder, or leave the first ones out with --ignore.")
+        out.print(_table(curves, loss))
+        err.print(
+            "The least sensitive layers come last. Prune those harder, or leave the first ones out with --ignore. "
+            f"Proposed is what costs {loss:.3g} of the dense quality when only that layer is pruned."
+        )
 
 
-def _table(curves: Any) -> Any:
+def _table(curves: Any, loss: float) -> Any:
     from rich.table import Table
+
+    from secateur.measure.sensitivity import propose
 
     points = curves[0].sparsity
     table = Table(title="quality when only this layer is pruned, most sensitive first", title_justify="left")
     table.add_column("layer", overflow="fold", min_width=24)
     for s in points:
         table.add_column("dense" if s == 0 else f"{s:.0%}", justify="right")
+    table.add_column("proposed", justify="right")
+    proposed = propose(curves, loss=loss)
     for curve in sorted(curves, key=lambda c: sum(c.quality)):
-        table.add_row(curve.layer, *(f"{q:.4g}" for q in curve.quality))
+        table.add_row(curve.layer, *(f"{q:.4g}" for q in curve.quality), f"{proposed[curve.layer]:.0%}")
     return table

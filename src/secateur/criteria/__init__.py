@@ -1,9 +1,26 @@
-"""Criteria: how much each weight matters. Each is one function in one file, found by name in `CRITERIA`."""
+"""Criteria: how much each weight matters. Each is a function, found by name: `CRITERIA`, or of whole units `UNIT_CRITERIA`."""
 
 from __future__ import annotations
 
-from secateur.criteria import grasp, lamp, magnitude, movement, obd, random, snip, synflow, taylor, wanda
-from secateur.criteria.registry import CRITERIA, Criterion, criterion
+from secateur.criteria import (
+    activation,
+    bn_scale,
+    fpgm,
+    gates,
+    grasp,
+    lamp,
+    magnitude,
+    movement,
+    obd,
+    random,
+    snip,
+    synflow,
+    taylor,
+    wanda,
+)  # fmt: skip
+from secateur.criteria.registry import CRITERIA, UNIT_CRITERIA, Criterion, criterion, unit_criterion
 
-__all__ = ["CRITERIA", "Criterion", "criterion"]
-_BUILT_IN = (grasp, lamp, magnitude, movement, obd, random, snip, synflow, taylor, wanda)  # importing one registers it
+__all__ = ["CRITERIA", "UNIT_CRITERIA", "Criterion", "criterion", "unit_criterion"]
+_BUILT_IN = (  # importing one registers it
+    activation, bn_scale, fpgm, gates, grasp, lamp, magnitude, movement, obd, random, snip, synflow, taylor, wanda,
+)  # fmt: skip

@@ -8,7 +8,7 @@ from secateur.graph.graph import Graph, Group, Member, trace
 from secateur.graph.plan import make_plan
 from secateur.graph.prune import choose_groups, prune_channels
 from secateur.graph.rules import rule
-from secateur.graph.scores import unit_scores
+from secateur.graph.scores import combined, normalized, unit_scores
 from secateur.graph.verify import difference, masked_output
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "Member",
     "block_importance",
     "choose_groups",
+    "combined",
     "cut",
     "difference",
     "drop_blocks",
@@ -25,6 +26,7 @@ __all__ = [
     "lowest",
     "make_plan",
     "masked_output",
+    "normalized",
     "plan_without",
     "prune_channels",
     "recut",

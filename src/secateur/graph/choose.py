@@ -112,6 +112,17 @@ def competitors(graph: Graph, groups: Sequence[Group], scores: Mapping[int, Tens
     return found
 
 
+def named(all_of_them: Iterable[Competitor]) -> dict[str, Competitor]:
+    """Competitors by the first tensor that they cut, numbered where several cut the same one first."""
+    found: dict[str, Competitor] = {}
+    for c in all_of_them:
+        name, number = c.groups[0].name, 2
+        while name in found:
+            name, number = f"{c.groups[0].name} ({number})", number + 1
+        found[name] = c
+    return found
+
+
 def rivals_of(all_of_them: Sequence[Competitor], scope: str) -> list[list[Competitor]]:
     """Sets of competitors whose units compete with each other."""
     if scope == "local":
@@ -155,4 +166,4 @@ def steps_down(ranked: Tensor, round_to: int, min_width: int) -> tuple[Tensor, T
     return torch.cat(means), torch.cat(sizes)
 
 
-__all__ = ["Competitor", "Scope", "competitors", "kept_counts", "lowest", "rivals_of", "select", "steps_down"]
+__all__ = ["Competitor", "Scope", "competitors", "kept_counts", "lowest", "named", "rivals_of", "select", "steps_down"]

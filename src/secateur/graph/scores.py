@@ -2,41 +2,78 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from secateur.graph.graph import Group
+from secateur.graph.graph import Group, Member
 from secateur.layers import find_layers
 
 #: ``l1``; a callable ``(name, canonical weight) -> saliency``; or saliencies by parameter name. Higher = keep.
 Scores = Literal["l1"] | Callable[[str, Tensor], Tensor] | Mapping[str, Tensor]
-Reduction = Literal["sum", "mean", "l2", "max"]
+Reduction = Literal["sum", "mean", "l2", "max", "abs_sum"]
 
 
-def unit_scores(model: nn.Module, groups: Iterable[Group], scores: Scores, reduction: Reduction = "mean") -> dict[int, Tensor]:
-    """For each group ``[units]``: the saliencies of all weights that go with a unit, reduced to one number."""
+def unit_scores(
+    model: nn.Module,
+    groups: Iterable[Group],
+    scores: Scores,
+    reduction: Reduction = "mean",
+    combine: str = "together",
+) -> dict[int, Tensor]:
+    """For each group ``[units]``: the saliencies of all weights that go with a unit, made one number.
+
+    `reduction` folds the weights of a slice. `combine` says how the slices that a unit has in several tensors count:
+    ``together`` as one long slice, or each by itself and then their ``sum``, ``mean`` or ``max``, or the ``first`` alone, that
+    of the layer which makes the units.
+    """
     saliency = _Saliency(model, scores, reduction)
-    return {group.id: _fold(group, saliency, reduction) for group in groups}
+    found = {}
+    for group in groups:
+        if combine == "together":
+            found[group.id] = _fold(group.units, group.members, saliency, reduction)
+        else:
+            known = [m for m in group.members if saliency.along(m.tensor, m.dim) is not None]
+            parts = [_fold(group.units, [m], saliency, reduction) for m in known]
+            found[group.id] = combined(parts or [torch.zeros(group.units, dtype=torch.float64)], combine)
+    return found
 
 
-def _fold(group: Group, saliency: _Saliency, reduction: Reduction) -> Tensor:
-    total = torch.zeros(group.units, dtype=torch.float64)
+def combined(parts: Sequence[Tensor], how: str) -> Tensor:
+    """Scores ``[units]`` that several tensors give to the same units, made one: their sum, mean, max, or the first."""
+    stacked = torch.stack(list(parts))
+    if how == "first":
+        return stacked[0]
+    return stacked.sum(0) if how == "sum" else stacked.mean(0) if how == "mean" else stacked.amax(0)
+
+
+def normalized(scores: Tensor, how: str) -> Tensor:
+    """Scores ``[units]`` of a group, divided by their ``mean`` or ``max`` in absolute value, or as they are (``none``)."""
+    if how == "none":
+        return scores
+    scale = scores.abs().mean() if how == "mean" else scores.abs().max()
+    return scores / scale if scale > 0 else scores
+
+
+def _fold(units: int, members: Iterable[Member], saliency: _Saliency, reduction: Reduction) -> Tensor:
+    total = torch.zeros(units, dtype=torch.float64)
     elements = 0.0
-    for member in group.members:
+    for member in members:
         values = saliency.along(member.tensor, member.dim)
         if values is None:
             continue
-        units, values = torch.from_numpy(member.units), values[torch.from_numpy(member.indices)]
+        owner, values = torch.from_numpy(member.units), values[torch.from_numpy(member.indices)]
         if reduction == "max":
-            total = total.scatter_reduce(0, units, values, "amax")
+            total = total.scatter_reduce(0, owner, values, "amax")
         else:
-            total.index_add_(0, units, values)
-            elements += saliency.slice_size(member.tensor, member.dim) * len(values) / group.units
+            total.index_add_(0, owner, values)
+            elements += saliency.slice_size(member.tensor, member.dim) * len(values) / units
     if reduction == "l2":
         return total.sqrt()
+    if reduction == "abs_sum":
+        return total.abs()
     return total / max(elements, 1.0) if reduction == "mean" else total
 
 

@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +19,11 @@ from secateur.errors import DataError, RecipeError
 from secateur.layers import Layer
 from secateur.measure.cache import Cache, fingerprint
 from secateur.measure.quality import Evaluate, qualities
+from secateur.measure.scan_units import Subject, units_to_scan
+from secateur.patterns import Units, make_pattern
 from secateur.progress import advance
 from secateur.selection import Method, Named, choose, prunable, resolve, target_sparsity
+from secateur.sparsity import check_sparsity
 from secateur.stats import collect
 from secateur.types import LayerStats, Pattern, Sensitivity
 
@@ -40,10 +44,15 @@ def scan(
     layers: Sequence[str] | None = None,
     ignore: Sequence[str] = (),
     loss: Loss | None = None,
+    example: Batch | None = None,
     seed: int = 0,
     cache: str | os.PathLike[str] | None = None,
 ) -> tuple[Sensitivity, ...]:
     """Prune one layer after the other to each sparsity, evaluate, and put the weights back.
+
+    Of patterns that cut units (channel, head, ...) it is one group of coupled units after the other, cut out of a copy; a
+    group has the name of the first tensor it cuts. `sc.prune` takes the curves as ``sensitivity=``, and with
+    ``allocation="sensitivity"`` every layer loses as much as makes the same damage by them.
 
     Args:
         model: any module; afterwards it is as before, bit by bit.
@@ -51,6 +60,7 @@ def scan(
         data: calibration batches, for criteria that need them. Statistics are collected once, on the dense model.
         sparsities: fractions removed; 0.1 to 0.9 by default, or the one that the pattern fixes.
         criterion, pattern, reduction, layers, ignore, loss, seed: as for `sc.prune`.
+        example: a batch that patterns of units are followed by; the first of `data` by default.
         cache: a directory that keeps each result as it comes. The same call later uses what is there, so that a scan that
             was killed goes on and ends in the same result. Results belong to the weights, the statistics and the settings;
             `evaluate` cannot be compared, but where it rates the dense model otherwise than before, nothing is reused.
@@ -67,15 +77,36 @@ def scan(
         >>> curve.sparsity, curve.quality
         ((0.0, 0.5), (64.0, 32.0))
     """
-    method = resolve(criterion=criterion, pattern=pattern, reduction=reduction)
-    wanted = _sparsities(sparsities, method.pattern)
-    found = _layers_to_scan(model, method.pattern, layers, ignore)
+    made = make_pattern(pattern)
     batches = None if data is None else Batches(data)
-    stats = collect(model, found, method.needs, batches=batches, loss=loss, seed=seed).layers
-    settings = {"criterion": criterion, "pattern": method.pattern.name, "reduction": method.reduction, "seed": seed}
+    keys: dict[str, Any] = {"criterion": criterion, "reduction": reduction, "layers": layers, "ignore": ignore, "seed": seed}
+    if isinstance(made, Units):
+        wanted = _sparsities(sparsities, None)
+        subjects = units_to_scan(model, made, batches=batches, loss=loss, example=example, **keys)
+        settings = {"criterion": criterion, "pattern": repr(made), "reduction": reduction, "seed": seed}
+    else:
+        method = resolve(criterion=criterion, pattern=made, reduction=reduction)
+        wanted = _sparsities(sparsities, method.pattern)
+        found = _layers_to_scan(model, method.pattern, layers, ignore)
+        stats = collect(model, found, method.needs, batches=batches, loss=loss, seed=seed).layers
+        subjects = {n: _masked(model, layer, stats[n], method) for n, layer in found.items()}
+        settings = {"criterion": criterion, "pattern": method.pattern.name, "reduction": method.reduction, "seed": seed}
     where = None if cache is None else os.fspath(cache)
-    job = _Scan(model, evaluate, method, found, stats, Cache(where), fingerprint(model, settings), where)
-    return job.run(wanted)
+    return _Scan(model, evaluate, subjects, Cache(where), fingerprint(model, settings), where).run(wanted)
+
+
+def _masked(model: nn.Module, layer: Layer, stats: LayerStats, method: Method) -> Subject:
+    """One layer to be pruned in place for as long as it is looked at."""
+
+    @contextmanager
+    def pruned(sparsity: float) -> Iterator[nn.Module]:
+        masks = choose({layer.name: layer}, {layer.name: stats}, sparsity=sparsity, method=method)
+        with _put_back(layer.parameter):
+            masks.apply(model)
+            yield model
+
+    values = [(f.name, getattr(stats, f.name)) for f in dataclasses.fields(stats)]
+    return Subject(pruned, fingerprint(*(x for pair in values if pair[0] != "weight" for x in pair)))
 
 
 @dataclasses.dataclass
@@ -84,9 +115,7 @@ class _Scan:
 
     model: nn.Module
     evaluate: Evaluate
-    method: Method
-    layers: Mapping[str, Layer]
-    stats: Mapping[str, LayerStats]
+    layers: Mapping[str, Subject]
     cache: Cache
     base: str  #: fingerprint of the weights and settings
     kept_where: str | None
@@ -134,10 +163,7 @@ class _Scan:
 
     def _keys(self, name: str, sparsities: Sequence[float], dense: Mapping[str, float]) -> list[str]:
         """Keys of the layer's points: they change with all that the mask and its quality depend on."""
-        stats = self.stats[name]
-        values = [(f.name, getattr(stats, f.name)) for f in dataclasses.fields(stats)]
-        collected = fingerprint(*(x for pair in values if pair[0] != "weight" for x in pair))
-        return [fingerprint(self.base, name, collected, _rounded(dense), s) for s in sparsities]
+        return [fingerprint(self.base, name, self.layers[name].depends, _rounded(dense), s) for s in sparsities]
 
     def _announce(self, sparsities: int, missing: int, each_s: float) -> None:
         total = sparsities * len(self.layers)
@@ -167,12 +193,9 @@ class _Scan:
 
     def _point(self, name: str, sparsity: float) -> dict[str, float]:
         """Qualities with this one layer pruned."""
-        layer = self.layers[name]
-        masks = choose({name: layer}, self.stats, sparsity=sparsity, method=self.method)
-        with _put_back(layer.parameter):
-            masks.apply(self.model)
+        with self.layers[name].pruned(sparsity) as model:
             try:
-                return qualities(self.evaluate, self.model)
+                return qualities(self.evaluate, model)
             except DataError as error:
                 raise DataError(f"with {name!r} pruned to {sparsity:g}, {error}") from error
 
@@ -193,11 +216,12 @@ def _rounded(quality: Mapping[str, float]) -> dict[str, str]:
     return {name: f"{value:.6g}" for name, value in quality.items()}
 
 
-def _sparsities(asked: Sequence[float] | None, pattern: Pattern) -> list[float]:
+def _sparsities(asked: Sequence[float] | None, pattern: Pattern | None) -> list[float]:
     """In ascending order, each once, without the dense point."""
-    if asked is None and pattern.sparsity is not None:
+    if asked is None and pattern is not None and pattern.sparsity is not None:
         return [pattern.sparsity]
-    values = sorted({target_sparsity(s, pattern) for s in (_SPARSITIES if asked is None else asked)} - {0.0})
+    chosen = _SPARSITIES if asked is None else asked
+    values = sorted({check_sparsity(s) if pattern is None else target_sparsity(s, pattern) for s in chosen} - {0.0})
     if not values:
         raise RecipeError("sparsities holds none above 0: give the fractions to try, such as sparsities=(0.5, 0.9)")
     return values

@@ -82,5 +82,5 @@ def row() -> Row:
 
 
 def neuron() -> Neuron:
-    """Whole output neurons or filters, so that the layer can become a smaller dense one."""
+    """Whole output neurons or filters as masks, biases too: the layer keeps its shape. Patterns ``ffn`` and ``channel`` cut."""
     return Neuron()

@@ -93,7 +93,7 @@ def collect(
             name=name,
             weight=layer.canonical(layer.parameter.detach()).float(),
             samples=samples,
-            seed=_mix(seed, name),
+            seed=layer_seed(seed, name),
             **{need.value: tensors[name] for need, tensors in found.items()},
         )
         for name, layer in layers.items()
@@ -230,7 +230,7 @@ def _tracked(batches: Batches, what: str, limit: int | None = None) -> Iterator[
     return track(itertools.islice(batches, limit), what, total if limit is None else limit)
 
 
-def _mix(seed: int, name: str) -> int:
+def layer_seed(seed: int, name: str) -> int:
     """A seed for one layer: depends on `seed` and the layer's name, not on which other layers there are."""
     digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=7).digest()
     return int.from_bytes(digest, "big")

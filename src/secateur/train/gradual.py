@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,14 @@ from secateur.errors import RecipeError, TrainingError
 from secateur.recipe import Recipe
 from secateur.schedules import make_schedule
 from secateur.selection import Method, prunable, resolve, target_sparsity
-from secateur.stats import collect
-from secateur.train.hold import Held, hold, unwrapped
+from secateur.sharded import whole
+from secateur.stats.collect import layer_seed
+from secateur.train.hold import Held, hold, innermost, unwrapped
 from secateur.train.loop import mixed
 from secateur.train.regrow import REGROW, Choice, make_regrow
 from secateur.train.running import Running
 from secateur.train.shadow import Shadow
-from secateur.types import LayerStats, MaskSet, Need
+from secateur.types import LayerStats, MaskSet
 
 log = logging.getLogger("secateur")
 
@@ -82,7 +82,7 @@ def gradual(
             f"criterion {method.criterion_name!r} needs {', '.join(beyond)}, which a training step does not give. "
             "Choose one of weights or gradients for gradual pruning, or use sc.prune with several steps."
         )
-    return Gradual(unwrapped(model), optimizer, method, wanted, (begin, end, every))
+    return Gradual(unwrapped(model), innermost(optimizer), method, wanted, (begin, end, every))
 
 
 class Gradual:
@@ -103,7 +103,7 @@ class Gradual:
                 f"{schedule!r}. Use a schedule that prunes at once, at begin."
             )
         self._layers, _ = prunable(model, method.pattern, layers=recipe.layers, ignore=recipe.ignore)
-        self._masks = MaskSet({n: torch.ones_like(layer.parameter, dtype=torch.bool) for n, layer in self._layers.items()})
+        self._masks = MaskSet({n: _all_kept(layer.parameter) for n, layer in self._layers.items()})
         self._step = 0
         self._held: Held | None = None
         self._full: dict[str, Tensor] = {}
@@ -215,13 +215,17 @@ class Gradual:
             self._held = hold(self._optimizer, masks, self._model)
 
     def _stats(self) -> dict[str, LayerStats]:
-        stats = collect(self._model, self._layers, {Need.WEIGHT}, seed=self._seed).layers
+        stats = {}
         needed = self._method.needs | (self._facts["needs"] if not all(m.all() for m in self._masks.values()) else set())
         for name, layer in self._layers.items():
-            weight = layer.canonical(self._value(name)).float()
+            weight = layer.canonical(whole(self._value(name))).float()
             found: dict[str, Any] = self._running.take(name, layer, needed)
-            stats[name] = replace(stats[name], weight=weight, **found)
+            stats[name] = LayerStats(name, weight, seed=layer_seed(self._seed, name), **found)
         return stats
+
+
+def _all_kept(parameter: Tensor) -> Tensor:
+    return torch.ones(parameter.shape, dtype=torch.bool, device=parameter.device)
 
 
 def _check_steps(begin: int, end: int, every: int) -> None:

@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import ASGD, LBFGS, SGD, Adadelta, Adagrad, Adam, Adamax, AdamW, NAdam, Optimizer, RAdam, RMSprop, Rprop
 
 from secateur.errors import LayerError, TrainingError, did_you_mean
+from secateur.sharded import local, spread_like
 from secateur.types import INTEGERS, MaskSet
 
 COMPILED = "_orig_mod."  # what torch.compile puts into the names of a module's parameters
@@ -59,18 +60,17 @@ class _Entry:
 
     def clear(self, tensor: Tensor) -> None:
         """Zero the removed entries of a tensor of the parameter's shape, in place."""
-        width = INTEGERS[tensor.element_size()]
+        tensor, width = local(tensor), INTEGERS[tensor.element_size()]
         if self.bits.device != tensor.device or self.bits.dtype != width:
             self.bits = self.bits.to(tensor.device, width)
-        tensor.detach().view(width).bitwise_and_(self.bits)
+        tensor.view(width).bitwise_and_(self.bits)
 
 
 class Held:
     """Masks held on one optimizer; made by `hold`. A context manager that releases them at its end."""
 
     def __init__(self, optimizer: Optimizer, masks: Mapping[str, BoolTensor], model: nn.Module | None = None):
-        if not isinstance(optimizer, Optimizer):
-            raise TrainingError(f"hold needs a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        optimizer = innermost(optimizer)
         hooks = getattr(optimizer, "_optimizer_step_post_hooks", {})
         if any(isinstance(getattr(hook, "__self__", None), Held) for hook in hooks.values()):
             raise TrainingError("this optimizer holds masks already: call .update(masks) or .release() on what hold() returned")
@@ -136,7 +136,7 @@ class Held:
             )
         if parameter.shape != mask.shape:
             raise LayerError(f"parameter {name!r} is {tuple(parameter.shape)}, its mask {tuple(mask.shape)}")
-        bits = mask.to(parameter.device, INTEGERS[parameter.element_size()]).neg_()
+        bits = local(spread_like(mask, parameter)).to(parameter.device, INTEGERS[parameter.element_size()]).neg_()
         return _Entry(parameter, bits)
 
     def _before_step(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -168,7 +168,7 @@ class Held:
             state = self._optimizer.state.get(entry.parameter, {})
             for value in state.values():
                 if isinstance(value, Tensor) and value.shape == entry.parameter.shape:
-                    value.masked_fill_(entry.bits.to(value.device) == 0, 0)
+                    local(value).masked_fill_(entry.bits.to(value.device) == 0, 0)
         return None
 
     def _clear_history(self) -> None:
@@ -187,6 +187,15 @@ def unwrapped(model: nn.Module) -> nn.Module:
     while isinstance(model, DistributedDataParallel) or hasattr(model, "_orig_mod"):
         model = model.module if isinstance(model, DistributedDataParallel) else model._orig_mod  # type: ignore[assignment]
     return model
+
+
+def innermost(optimizer: Optimizer) -> Optimizer:
+    """The optimizer that makes the steps, inside what Accelerate makes of it. Raises TrainingError where it is none."""
+    while isinstance(getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = optimizer.optimizer  # type: ignore[attr-defined]
+    if not isinstance(optimizer, Optimizer):
+        raise TrainingError(f"hold needs a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    return optimizer
 
 
 def _named_parameters(optimizer: Optimizer, model: nn.Module | None) -> dict[str, Tensor]:

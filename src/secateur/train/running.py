@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from secateur.errors import TrainingError
 from secateur.layers import Layer
+from secateur.sharded import spread_like, whole
 from secateur.types import Need
 
 Values = Callable[[str], Tensor]  #: name of a parameter -> all its weights, those too that a mask hides
@@ -48,7 +49,8 @@ class Running:
                     "backward() before optimizer.step(), and begin at 1 or later"
                 )
             averaged = need in (Need.GRAD, Need.GRAD_SQ)
-            found[need.value] = layer.canonical(sums[name] / self._steps if averaged else sums[name])
+            total = whole(sums[name])
+            found[need.value] = layer.canonical(total / self._steps if averaged else total)
         return found
 
     def clear(self) -> None:
@@ -60,12 +62,17 @@ class Running:
 
     def state_dict(self) -> dict[str, Any]:
         """Numbers and tensors for `load_state_dict`."""
-        return {"steps": self._steps, **{need.value: dict(sums) for need, sums in self._sums.items()}}
+        return {
+            "steps": self._steps,
+            **{need.value: {n: whole(t) for n, t in sums.items()} for need, sums in self._sums.items()},
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state."""
         self._steps = int(state["steps"])
-        self._sums = {need: dict(state[need.value]) for need in self.needs}
+        for need in self.needs:
+            given = state[need.value]
+            self._sums[need] = {n: spread_like(given[n].clone(), self._layers[n].parameter) for n in given}
 
     @torch.no_grad()
     def _before_step(self, optimizer: Optimizer, *_: object) -> None:

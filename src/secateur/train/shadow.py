@@ -10,6 +10,7 @@ from torch import BoolTensor, Tensor, nn
 from torch.optim import Optimizer
 
 from secateur.errors import TrainingError
+from secateur.sharded import spread_like, whole
 from secateur.train.hold import COMPILED, Held
 
 
@@ -32,13 +33,14 @@ class Shadow(Held):
         full: Mapping[str, Tensor] | None = None,
     ):
         self._trained = trained
-        self._full: dict[str, Tensor] = dict(full or {})
+        self._full: dict[str, Tensor] = {}
+        self._given = dict(full or {})
         super().__init__(optimizer, masks, model)
 
     @property
     def full(self) -> dict[str, Tensor]:
-        """The values of all weights of each masked parameter, removed ones too, by name."""
-        return {name: self._value(name, p) for name, p in self._owned()}
+        """The values of all weights of each masked parameter, removed ones too, by name; whole where they are sharded."""
+        return {name: whole(self._value(name, p)) for name, p in self._owned()}
 
     def value(self, name: str) -> Tensor:
         """Of one parameter what `full` says of all."""
@@ -46,7 +48,7 @@ class Shadow(Held):
 
     def restore(self, masks: Mapping[str, BoolTensor], full: Mapping[str, Tensor]) -> None:
         """Go on from the masks and values of another `Shadow`."""
-        self._full, self._masks = dict(full), type(self._masks)({n: torch.zeros_like(m) for n, m in masks.items()})
+        self._given = dict(full)
         self._set(masks)
 
     def release(self) -> None:
@@ -62,17 +64,16 @@ class Shadow(Held):
     def _value(self, name: str, parameter: Tensor) -> Tensor:
         if name not in self._full:
             return parameter.detach().clone()
-        mask = self._masks[name].to(parameter.device)
+        mask = spread_like(self._masks[name].to(parameter.device), parameter)
         return torch.where(mask, parameter.detach(), self._full[name].to(parameter.device))
 
     @torch.no_grad()
     def _set(self, masks: Mapping[str, BoolTensor]) -> None:
-        first = not hasattr(self, "_masks")
-        entries = [self._entry(name, mask) for name, mask in masks.items()]
-        for name, entry in zip(masks, entries, strict=True):
-            known = self._full.get(name)
-            self._full[name] = known if first and known is not None else self._value(name, entry.parameter)
-            entry.parameter.copy_(self._full[name])
+        for name, mask in masks.items():
+            parameter = self._entry(name, mask).parameter
+            given = self._given.pop(name, None)
+            self._full[name] = self._value(name, parameter) if given is None else _owned_copy(given, parameter)
+            parameter.copy_(self._full[name])
         super()._set(masks)
 
     def _acts_before_steps(self) -> bool:
@@ -101,3 +102,7 @@ class Shadow(Held):
     def _clear_state(self) -> None:
         if not self._trained:
             super()._clear_state()
+
+
+def _owned_copy(value: Tensor, parameter: Tensor) -> Tensor:
+    return spread_like(value.detach().to(parameter.device, copy=True), parameter)

@@ -1,0 +1,211 @@
+"""Scores of the units that a recipe cuts: by a criterion of weights folded over a unit's slices, or by one of whole units."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur.criteria import CRITERIA, UNIT_CRITERIA
+from secateur.data.batches import Batch, Batches, Loss
+from secateur.errors import LayerError, NonFiniteError, RecipeError, UnknownName
+from secateur.graph import Group, Member, combined, normalized, unit_scores
+from secateur.layers import CONVOLUTIONS, Layer, find_layers, non_finite_message
+from secateur.patterns import Units
+from secateur.recipe import Recipe
+from secateur.registry import Entry, bind, name_of
+from secateur.stats import collect
+from secateur.stats.activity import Part, Site, activity
+from secateur.stats.guard import listed
+from secateur.types import UnitStats
+
+_WHERE = {
+    "outputs": "the weights that make them",
+    "inputs": "linear layers or convolutions that read them",
+    "norms": "a normalisation with a scale",
+}
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The groups that the criterion can score, their scores ``[units]`` by id, and what the report shall say."""
+
+    groups: list[Group]
+    scores: dict[int, Tensor]
+    notes: tuple[str, ...]
+
+
+def criterion_entry(recipe: Recipe, *, blocks: bool = False) -> Entry[Any]:
+    """The criterion of a recipe whose pattern cuts units, from one registry or the other.
+
+    Raises UnknownName where neither has it, and RecipeError where it scores blocks and blocks are not what is cut, or the
+    other way round, and where the recipe reduces scores of weights that the criterion does not give.
+    """
+    name = name_of(recipe.criterion)
+    if name not in CRITERIA and name not in UNIT_CRITERIA:
+        raise UnknownName("criterion", name, [*CRITERIA, *UNIT_CRITERIA])
+    registry = CRITERIA if name in CRITERIA else UNIT_CRITERIA
+    bind(registry, recipe.criterion)  # checks the options
+    entry = registry[name]
+    if registry is CRITERIA:
+        return entry
+    if (entry.facts["on"] == "blocks") != blocks:
+        what = "units, for patterns such as 'channel'" if blocks else "whole blocks, for the pattern 'layer'"
+        raise RecipeError(f"criterion {name!r} scores {what}. Take another criterion, or that pattern.")
+    if recipe.reduction is not None:
+        raise RecipeError(f"criterion {name!r} scores whole units: there is nothing to reduce. Leave the reduction out.")
+    return entry
+
+
+def score_units(
+    model: nn.Module,
+    groups: Sequence[Group],
+    recipe: Recipe,
+    units: Units,
+    *,
+    batches: Batches | None,
+    loss: Loss | None,
+    example: Batch,
+) -> Scored:
+    """Score the units of `groups` by the recipe's criterion. Groups that it cannot see are left alone, and a note names them.
+
+    Raises LayerError where none can be scored, and NonFiniteError for scores that are NaN or infinite.
+    """
+    entry = criterion_entry(recipe)
+    if entry.name in UNIT_CRITERIA:
+        scores, notes = _by_units(model, groups, recipe, units, batches, loss)
+        missing = f"{_WHERE[entry.facts['on']]}, which criterion {entry.name!r} looks at"
+    else:
+        scores, notes = _by_elements(model, groups, recipe, units, batches, loss, example)
+        missing = f"weights of linear, convolution or recurrent layers, which criterion {entry.name!r} looks at"
+    seen = [g for g in groups if g.id in scores]
+    seen = [g for g in seen if all(tie in scores for tie in g.ties)]
+    left = [g.name for g in groups if g not in seen]
+    if left:
+        notes = (*notes, f"these are left alone, as their units have no {missing}: {listed(left)}")
+    if not seen:
+        raise LayerError(f"there is nothing to cut: no group of units has {missing}. Take another criterion.")
+    for group in seen:
+        if not torch.isfinite(scores[group.id]).all():
+            raise NonFiniteError(non_finite_message(f"the scores of {group.name!r} by {entry.name!r}", scores[group.id]))
+    return Scored(seen, {g.id: normalized(scores[g.id], units.normalize) for g in seen}, notes)
+
+
+def _by_elements(
+    model: nn.Module,
+    groups: Iterable[Group],
+    recipe: Recipe,
+    units: Units,
+    batches: Batches | None,
+    loss: Loss | None,
+    example: Batch,
+) -> tuple[dict[int, Tensor], tuple[str, ...]]:
+    """The criterion's saliency of every weight that belongs to a group, folded into units."""
+    name, score = bind(CRITERIA, recipe.criterion)
+    members = {m.tensor for g in groups for m in g.members}
+    layers = {n: layer for n, layer in find_layers(model)[0].items() if n in members}
+    needs = CRITERIA[name].facts["needs"]
+    found = collect(model, layers, needs, batches=batches, loss=loss, seed=recipe.seed, example=example)
+    saliency = {n: score(stats) for n, stats in found.layers.items()}
+    how = recipe.reduction or ("abs_sum" if CRITERIA[name].facts["reduction"] == "abs_sum" else "mean")
+    known = [g for g in groups if any(m.tensor in saliency for m in g.members)]
+    return unit_scores(model, known, saliency, how, units.combine), found.notes  # type: ignore[arg-type]
+
+
+def _by_units(
+    model: nn.Module, groups: Iterable[Group], recipe: Recipe, units: Units, batches: Batches | None, loss: Loss | None
+) -> tuple[dict[int, Tensor], tuple[str, ...]]:
+    """The criterion's score of the units in each tensor that it looks at, combined over the tensors of a group."""
+    name, score = bind(UNIT_CRITERIA, recipe.criterion)
+    facts = UNIT_CRITERIA[name].facts
+    views = _views(model, groups, facts["on"])
+    found: Mapping[str, Mapping[Any, Tensor]] = {}
+    if facts["needs"]:
+        assert batches is not None
+        found = activity(model, _sites(views, facts["on"]), facts["needs"], batches, loss=loss, seed=recipe.seed)
+    parts: dict[int, list[Tensor]] = {}
+    for view in views:
+        if not facts["needs"] or view.name in found:
+            values = {need.value: tensor for need, tensor in found.get(view.name, {}).items()}
+            stats = UnitStats(view.member.tensor, view.weight(), **values)
+            parts.setdefault(view.group.id, []).append(score(stats).double().cpu())
+    how = "mean" if units.combine == "together" else units.combine
+    return {g: combined(p, how) for g, p in parts.items()}, ()
+
+
+@dataclass(frozen=True)
+class _View:
+    """The units of one group in one of its tensors, and the module that the tensor belongs to."""
+
+    group: Group
+    member: Member
+    module: nn.Module
+    tensor: Tensor
+
+    @property
+    def name(self) -> str:
+        """Unique among the views of a model."""
+        return f"{self.member.tensor!r}, dimension {self.member.dim}, group {self.group.id}, role {self.member.role}"
+
+    @torch.no_grad()
+    def weight(self) -> Tensor:
+        """``[units, elements]``, float32: the slices of every unit, one after the other."""
+        units, indices = torch.from_numpy(self.member.units), torch.from_numpy(self.member.indices)
+        order = torch.argsort(units, stable=True)
+        owner = units[order]
+        place = torch.arange(len(owner)) - torch.searchsorted(owner, owner)
+        slices = self.tensor.float().movedim(self.member.dim, 0)[indices[order].to(self.tensor.device)]
+        slices = slices.reshape(len(slices), -1)
+        out = slices.new_zeros(self.group.units, int(place.max()) + 1, slices.shape[1])
+        out[owner, place] = slices
+        return out.flatten(1)
+
+    def part(self) -> Part:
+        """Which channels at the module are of which unit; a grouped convolution reads an input of each group by one index."""
+        units, indices = torch.from_numpy(self.member.units), torch.from_numpy(self.member.indices)
+        groups = getattr(self.module, "groups", 1) if self.tensor.dim() > 2 and self.member.dim == 1 else 1
+        shifts = torch.arange(groups) * self.tensor.shape[self.member.dim]
+        return Part(self.name, (indices + shifts[:, None]).flatten(), units.repeat(groups), self.group.units)
+
+
+def _views(model: nn.Module, groups: Iterable[Group], on: str) -> list[_View]:
+    """The tensors of each group that a criterion on ``outputs``, ``inputs`` or ``norms`` looks at."""
+    layers = find_layers(model)[0]
+    tensors = dict(model.named_parameters(remove_duplicate=False))
+    fits: Callable[[Member, nn.Module], bool] = {
+        "outputs": lambda m, _: m.tensor in layers and m.dim == _dim(layers[m.tensor], 0),
+        "inputs": lambda m, module: m.tensor in layers and m.dim == _dim(layers[m.tensor], 1) and _reads(module, m.tensor),
+        "norms": lambda m, module: _is_scale(module, m.tensor, tensors[m.tensor]),
+    }[on]
+    views = []
+    for group in groups:
+        for member in group.members:
+            if member.tensor in tensors:
+                module = model.get_submodule(member.tensor.rpartition(".")[0])
+                if fits(member, module):
+                    views.append(_View(group, member, module, tensors[member.tensor].detach()))
+    return views
+
+
+def _sites(views: Iterable[_View], on: str) -> list[Site]:
+    by_module: dict[int, list[_View]] = {}
+    for view in views:
+        by_module.setdefault(id(view.module), []).append(view)
+    return [Site(v[0].module, tuple(x.part() for x in v), output=on == "norms") for v in by_module.values()]
+
+
+def _dim(layer: Layer, canonical: int) -> int:
+    """The stored dimension of a canonical one."""
+    return 1 - canonical if layer.swap else canonical
+
+
+def _reads(module: nn.Module, name: str) -> bool:
+    """Whether the module is given what its weight `name` multiplies."""
+    return (isinstance(module, (nn.Linear, *CONVOLUTIONS)) or type(module).__name__ == "Conv1D") and name.endswith("weight")
+
+
+def _is_scale(module: nn.Module, name: str, tensor: Tensor) -> bool:
+    return tensor.dim() == 1 and name.endswith("weight") and "Norm" in type(module).__name__
