@@ -42,12 +42,14 @@ def _taylor(tp: Any) -> Any:
     return tp.importance.GroupTaylorImportance()
 
 
+#: Scores of a group are divided by their mean, as Torch-Pruning does by default.
+GLOBAL = {"allocation": "global", "pattern": {"name": "channel", "normalize": "mean"}}
 #: Keys of our recipe, and the peer's importance. A global allocation is a global ranking in both.
 CRITERIA: dict[str, tuple[dict[str, Any], Importance]] = {
     "L1": ({"criterion": "magnitude"}, _l1),
     "Taylor": ({"criterion": "taylor"}, _taylor),
-    "L1, global": ({"criterion": "magnitude", "allocation": "global"}, _l1),
-    "Taylor, global": ({"criterion": "taylor", "allocation": "global"}, _taylor),
+    "L1, global": ({"criterion": "magnitude", **GLOBAL}, _l1),
+    "Taylor, global": ({"criterion": "taylor", **GLOBAL}, _taylor),
     "L2": ({"criterion": "magnitude", "reduction": "l2"}, lambda tp: tp.importance.GroupMagnitudeImportance(p=2)),
     "FPGM": ({"criterion": "fpgm"}, lambda tp: tp.importance.FPGMImportance()),
     "BatchNorm scale": ({"criterion": "bn_scale"}, lambda tp: tp.importance.BNScaleImportance()),

@@ -77,8 +77,8 @@ def resnet(depth: int, quick: bool) -> Task:
     """A CIFAR ResNet, of which the inner channels of every block are cut: its option-A shortcuts hold the others."""
     from cifar_resnet import make
 
-    train = batched(*cifar("train", 512 if quick else 5_000), 128)
-    test = batched(*cifar("test", 500 if quick else 4_000), 250)
+    train = batched(*cifar("train", 512 if quick else 2_560), 128)
+    test = batched(*cifar("test", 500 if quick else 2_000), 250)
 
     def peer(model: nn.Module, ratio: float) -> dict[str, Any]:
         inner = {m.conv1 for m in model.modules() if hasattr(m, "conv2")}
@@ -98,8 +98,8 @@ def resnet(depth: int, quick: bool) -> Task:
         finetune={"epochs": 1, "optimizer": "sgd", "lr": 0.01, "weight_decay": 5e-4},
         notes=(
             "The inner channels of every block are cut. Calibration: 1,280 training images; fine-tuning: one epoch of "
-            "5,000 training images with their labels, batches of 128, SGD with Nesterov momentum 0.9, learning rate "
-            "0.01 falling along a cosine, weight decay 0.0005; test: 4,000 test images. All of them are the first of the "
+            "2,560 training images with their labels, batches of 128, SGD with Nesterov momentum 0.9, learning rate "
+            "0.01 falling along a cosine, weight decay 0.0005; test: 2,000 test images. All of them are the first of the "
             "shuffled split (numpy, seed 0), since the file is sorted by class. The images were compressed as "
             "JPEG after the networks were trained, so the dense accuracy is below the published one, and fine-tuning also "
             "adapts to JPEG: the dense line fine-tuned alike tells the two apart."
@@ -124,7 +124,7 @@ def efficientnet(quick: bool) -> Task:
         x = (torch.from_numpy(pictures).permute(0, 3, 1, 2).float() - 127) / 128
         return x, torch.from_numpy(data["label"][indices]).long()
 
-    calibration, test = batched(*images(0), 25), batched(*images(1), 25)
+    calibration, test = batched(*images(0), 25)[:8], batched(*images(1), 25)
     with torch.no_grad():
         taught = [(x, model(x).softmax(1)) for x, _ in calibration]
     inner = [n for n, m in model.named_modules() if n.endswith("_expand_conv")]
@@ -140,15 +140,15 @@ def efficientnet(quick: bool) -> Task:
         title="EfficientNet-Lite0 on ImageNet",
         model=model,
         example=torch.zeros(1, 3, 224, 224),
-        data=calibration[:8],
+        data=calibration,
         train=taught,
         evaluate=lambda model: correct(model, test),
         cuts=({"pattern": "channel", "layers": inner},),
         peer=peer,
         finetune={"epochs": 1, "optimizer": "sgd", "lr": 0.005, "weight_decay": 1e-5},
         notes=(
-            "The expanded channels of every block that expands are cut. One image of each class: of the 500 of even number 200 "
-            "calibrate and all fine-tune, the 500 of odd number judge (one more or less is 0.2 points). No class has images on "
+            "The expanded channels of every block that expands are cut. One image of each class: of those of even number 200 "
+            "calibrate and fine-tune, the 500 of odd number judge (one more or less is 0.2 points). No class has images on "
             "both sides, so fine-tuning has no labels: one epoch of cross-entropy with the dense network's outputs, batches "
             "of 25, SGD with Nesterov momentum 0.9, learning rate 0.005 along a cosine. Images are normalised as in training."
         ),
