@@ -143,7 +143,7 @@ def efficientnet(quick: bool) -> Task:
         data=calibration,
         train=taught,
         evaluate=lambda model: correct(model, test),
-        cuts=({"pattern": "channel", "layers": inner},),
+        cuts=({"pattern": "channel", "layers": inner, "ignore": ["_blocks.*._bn2"]},),
         peer=peer,
         finetune={"epochs": 1, "optimizer": "sgd", "lr": 0.005, "weight_decay": 1e-5},
         notes=(
