@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from secateur.data.batches import Batch, Batches, forward
 from secateur.layers import CONVOLUTIONS, Layer, find_layers
+from secateur.memory import total_memory
 from secateur.progress import track
 from secateur.stats import nonfinite
-from secateur.stats.blocks import memory
 from secateur.stats.follow import Sight, follow
 from secateur.stats.gram import input_rows, output_rows
 from secateur.stats.guard import listed, untouched
@@ -236,7 +236,7 @@ def _target(sight: Sight, wanted: _Wanted) -> Tensor:
 
 def _portions(steps: list[_Step], batches: list[Batch]) -> Iterator[list[_Step]]:
     """The steps in order, as many at a time as a tenth of the memory holds the dense model's outputs of, and at least one."""
-    budget, used = 0.1 * memory() / len(batches), 0
+    budget, used = 0.1 * total_memory() / len(batches), 0
     some: list[_Step] = []
     for step in steps:
         if some and used + step.bytes > budget:

@@ -196,7 +196,7 @@ def test_operations_in_place_change_nothing():
 def test_the_dense_outputs_may_take_several_passes(monkeypatch):
     model, plan, x = cut_blocks(2)
     once = repaired(model, plan, [x[:150], x[150:]]).tensors
-    monkeypatch.setattr("secateur.repair_units.memory", lambda: 0)
+    monkeypatch.setattr("secateur.repair_units.total_memory", lambda: 0)
     again = repaired(model, plan, [x[:150], x[150:]]).tensors
     assert all(torch.equal(once[name], again[name]) for name in once)
 
