@@ -197,18 +197,29 @@ HEAD = (
 
 
 def lines_of(task: str, rows: Rows) -> list[list[str]]:
-    """One line for each criterion and level of which both tools have a figure."""
+    """One line for each criterion and level of which a tool has a figure; a dash where one is missing."""
     found = rows.found
     lines = []
     for criterion in CRITERIA:
         for fewer in FEWER:
             cells = [found.get(f"{task}/{tool}/{criterion}/{fewer}/{stage}") for tool, stage in CELLS]
-            if cells[0] is None or cells[2] is None:
+            if not any(cells):
                 continue
-            shown = ["" if c is None else f"{c['quality']:.1f}" for c in cells]
-            achieved = f"{100 * cells[0]['fewer']:.1f}, {100 * cells[2]['fewer']:.1f}%"
+            shown = ["-" if c is None else f"{c['quality']:.1f}" for c in cells]
+            achieved = ", ".join("-" if c is None else f"{100 * c['fewer']:.1f}%" for c in (cells[0], cells[2]))
             lines.append([criterion, f"{fewer:.0%}", *shown, achieved])
     return lines
+
+
+def missing(rows: Rows) -> str:
+    """What has not been measured, in words."""
+    absent = [name for name in TASKS if not lines_of(name, rows)]
+    seen = {key.split("/")[2] for key in rows.found if "/Secateur/" in key}
+    criteria = [c for c in CRITERIA if c not in seen]
+    return (
+        f"Not measured yet: of networks {', '.join(absent) or 'none'}; of criteria {'; '.join(criteria) or 'none'}; and what "
+        "has a dash or no line below. The script goes on from the rows it has."
+    )
 
 
 def tally(rows: Rows) -> str:
@@ -243,6 +254,8 @@ def page(rows: Rows, threads: int) -> list[str]:
         f"Torch-Pruning {version('torch-pruning')}: `BasePruner` with its importance of the criterion, defaults kept.",
         "",
         tally(rows),
+        "",
+        missing(rows),
         "",
         "![Accuracy over multiply-adds, by network](structured_accuracy.svg)",
     ]
@@ -304,7 +317,7 @@ def picture(rows: Rows) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", type=Path, nargs="+", help="JSON files that keep the rows; new ones go into the first")
-    parser.add_argument("--task", nargs="*", default=list(TASKS), choices=[*TASKS, []], help="none: only write the page")
+    parser.add_argument("--task", nargs="*", default=list(TASKS), choices=list(TASKS), help="none: only write the page")
     parser.add_argument("--criterion", nargs="+", default=list(CRITERIA), choices=list(CRITERIA))
     parser.add_argument("--fewer", nargs="+", type=float, default=list(FEWER), choices=FEWER)
     parser.add_argument("--minutes", type=float, default=1e6, help="stop after the row that passes them")
@@ -320,7 +333,7 @@ def main() -> None:
         more = Rows(other).found
         rows.found = {**rows.found, **more, "notes": {**rows.found.get("notes", {}), **more.get("notes", {})}}
     keep("structured_accuracy.md", page(rows, options.threads), quick=options.quick)
-    if not options.quick:
+    if not options.quick and any(lines_of(task, rows) for task in rows.found["notes"]):
         (PAGES / "structured_accuracy.svg").write_text(picture(rows), encoding="utf-8")
 
 

@@ -150,7 +150,9 @@ def efficientnet(quick: bool) -> Task:
             "The expanded channels of every block that expands are cut. One image of each class: of those of even number 200 "
             "calibrate and fine-tune, the 500 of odd number judge (one more or less is 0.2 points). No class has images on "
             "both sides, so fine-tuning has no labels: one epoch of cross-entropy with the dense network's outputs, batches "
-            "of 25, SGD with Nesterov momentum 0.9, learning rate 0.005 along a cosine. Images are normalised as in training."
+            "of 25, SGD with Nesterov momentum 0.9, learning rate 0.005 along a cosine. Images are normalised as in training. "
+            "Re-estimating BatchNorm statistics from so few images costs this network accuracy by itself (efficientnet.md), "
+            "in the columns *norms* of both tools."
         ),
     )
 
