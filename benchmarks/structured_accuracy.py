@@ -290,11 +290,12 @@ def picture(rows: Rows) -> str:
     from matplotlib import pyplot
 
     names = [t for t in rows.found.get("notes", {}) if lines_of(t, rows)]
-    figure, panels = pyplot.subplots(1, len(names), figsize=(3.4 * len(names), 3.6), squeeze=False)
+    figure, panels = pyplot.subplots(1, len(names), figsize=(3.4 * max(len(names), 2), 3.8), squeeze=False)
     for panel, task in zip(panels[0], names, strict=True):
         dense = rows.found[f"{task}/dense/norms"]["quality"]
         panel.axhline(dense, color="0.7", linewidth=1)
-        panel.annotate("dense", (20, dense), color="0.4", fontsize=8, va="bottom")
+        panel.annotate("dense", (54, dense), color="0.4", fontsize=8, va="bottom", ha="right")
+        panel.set_xlim(15, 55)
         for (tool, stage), colour in zip(CELLS, ("#c0392b", "#7fb38a", "#1e7a3c", "#c0392b", "#1e7a3c"), strict=True):
             found = [rows.found.get(f"{task}/{tool}/L1/{fewer}/{stage}") for fewer in FEWER]
             points = [(100 * r["fewer"], r["quality"]) for r in found if r is not None]
@@ -305,10 +306,10 @@ def picture(rows: Rows) -> str:
         panel.set_title(rows.found["notes"][task]["title"], fontsize=10)
         panel.set_xlabel("MACs removed, percent")
         panel.spines[["top", "right"]].set_visible(False)
-    panels[0][0].set_ylabel("accuracy, percent (MiniLM: Spearman x 100)")
+    panels[0][0].set_ylabel("accuracy, percent")
     handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower center", ncols=5, frameon=False, fontsize=9)
-    figure.tight_layout(rect=(0, 0.08, 1, 1))
+    figure.legend(handles, labels, loc="lower center", ncols=3, frameon=False, fontsize=9)
+    figure.tight_layout(rect=(0, 0.14, 1, 1))
     text = io.StringIO()
     figure.savefig(text, format="svg", metadata={"Date": None})
     return text.getvalue()
