@@ -14,13 +14,14 @@ from secateur.data.batches import Batch, Batches, Loss, inputs_of
 from secateur.errors import LayerError, ModelError, RecipeError
 from secateur.graph import Graph, Group, bypass_difference, choose_groups, cut, difference, lowest, make_plan, select, trace
 from secateur.graph.choose import Scope
+from secateur.graph.config import describe_config
 from secateur.graph.prune import TOLERANCE
 from secateur.job import check_data
 from secateur.layer_dropping import plan_blocks
 from secateur.layers import check_finite, find_layers, matches
 from secateur.patterns import Units
 from secateur.recipe import Recipe
-from secateur.repair_units import refit
+from secateur.repair_units import refit, write
 from secateur.sparsity import check_sparsity
 from secateur.types import MaskSet, Plan, Sensitivity
 from secateur.unit_scoring import check_forced, criterion_entry, forced_units, score_units
@@ -127,18 +128,19 @@ def cut_units(model: nn.Module, job: UnitJob, *, inplace: bool = False) -> Small
             f"the cut model differs from the {against} by {error:.2g} (relative); at most {TOLERANCE:g} is rounding. "
             "Nothing was changed. Leave out what does not follow the cut with ignore=."
         )
+    shapes = {name: p.shape for name, p in model.named_parameters()}
     notes = list(chosen.notes)
     changes: Mapping[str, Tensor] = {}
     if job.recipe.repair != "none" and job.batches is not None:
-        repaired = refit(model, chosen.plan, job.batches, bias_only=job.recipe.repair == "bias", seed=job.recipe.seed)
+        bias_only = job.recipe.repair == "bias"
+        repaired = refit(model, smaller, chosen.plan, job.batches, bias_only=bias_only, seed=job.recipe.seed)
         changes, notes = repaired.tensors, [*notes, *repaired.notes]
     if inplace:
         smaller = cut(model, chosen.plan, inplace=True)
-    with torch.no_grad():
-        for name, tensor in changes.items():
-            smaller.get_parameter(name).copy_(tensor)
+    write(smaller, changes)
     checked = f"on the example the cut model gives the output of the {against} within {error:.1e} (relative)"
-    return Smaller(smaller, chosen.plan, masks, (*notes, checked))
+    configured = describe_config(smaller, shapes, job.arguments)
+    return Smaller(smaller, chosen.plan, masks, (*notes, checked, *([configured] if configured else [])))
 
 
 @dataclass(frozen=True)
