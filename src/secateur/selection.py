@@ -224,7 +224,7 @@ def solve(
     for part in grams if grams is not None else [{name: stats[name].gram for name in layers}]:
         for name, gram in part.items():
             known = replace(stats[name], gram=gram)
-            so_far.add(name, *_solve_layer(layers[name], known, scores[name], counts[name], method))
+            so_far.add(name, *solve_layer(layers[name], known, scores[name], counts[name], method))
         so_far.save(layers)
     masks: dict[str, Tensor] = {}
     for name, layer in layers.items():
@@ -234,7 +234,7 @@ def solve(
     return Solved(MaskSet(masks), so_far.errors, tuple(so_far.notes))
 
 
-def _solve_layer(
+def solve_layer(
     layer: Layer, stats: LayerStats, units: UnitScores, keep: IntTensor, method: Method
 ) -> tuple[Tensor, float | None, tuple[str, ...]]:
     """The solver's answer, written into the layer's parameter: mask as stored, relative output error if known, notes."""
