@@ -82,9 +82,7 @@ def command(
     show(reports, to, json)
 
 
-def streamed(
-    model: str, recipes: list[Recipe], data: str | None, to: Path | None, overwrite: bool, threads: int | None
-) -> Any:
+def streamed(model: str, recipes: list[Recipe], data: str | None, to: Path | None, overwrite: bool, threads: int | None) -> Any:
     """The report of a checkpoint directory pruned a block at a time."""
     import torch
 
