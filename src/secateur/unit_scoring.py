@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from secateur.criteria import CRITERIA, UNIT_CRITERIA
 from secateur.data.batches import Batch, Batches, Loss
 from secateur.errors import LayerError, NonFiniteError, RecipeError, UnknownName
-from secateur.graph import Group, Member, combined, normalized, unit_scores
+from secateur.graph import Graph, Group, Member, combined, normalized, unit_scores
 from secateur.layers import CONVOLUTIONS, Layer, find_layers, non_finite_message
 from secateur.patterns import Units
 from secateur.recipe import Recipe
@@ -92,6 +93,42 @@ def score_units(
         if not torch.isfinite(scores[group.id]).all():
             raise NonFiniteError(non_finite_message(f"the scores of {group.name!r} by {entry.name!r}", scores[group.id]))
     return Scored(seen, {g.id: normalized(scores[g.id], units.normalize) for g in seen}, notes)
+
+
+def forced_units(model: nn.Module, groups: Iterable[Group], force: Sequence[str]) -> dict[int, list[int]]:
+    """The units that ``layer[3,5]`` name, by group: those of the layer's outputs 3 and 5.
+
+    Raises RecipeError for what does not read so, and UnknownName for a layer of whose outputs nothing can be cut.
+    """
+    layers = find_layers(model)[0]
+    makers = {
+        m.tensor: (g, m) for g in groups for m in g.members if m.tensor in layers and m.dim == _dim(layers[m.tensor], 0)
+    }  # fmt: skip
+    named = {alias: found for name, found in makers.items() for alias in (name, name.rpartition(".")[0])}
+    forced: dict[int, list[int]] = {}
+    for text in force:
+        match = re.fullmatch(r"(.+)\[(\d+(?:,\d+)*)\]", text)
+        if match is None:
+            raise RecipeError(f"force={text!r}: units are named by a layer and its outputs, as in 'layer1.0.conv1[3,5]'")
+        if match[1] not in named:
+            raise UnknownName("layer", match[1], named)
+        group, member = named[match[1]]
+        unit_of = dict(zip(member.indices.tolist(), member.units.tolist(), strict=True))
+        for index in map(int, match[2].split(",")):
+            if index not in unit_of:
+                raise RecipeError(
+                    f"force={text!r}: output {index} of {match[1]!r} cannot be cut; there are {len(unit_of)} that can"
+                )
+            forced.setdefault(group.id, []).append(unit_of[index])
+    return forced
+
+
+def check_forced(graph: Graph, forced: Mapping[int, Sequence[int]], removed: Mapping[int, Sequence[int]]) -> None:
+    """Raise RecipeError where units that have to go are not among those that are removed."""
+    for group, units in forced.items():
+        if not set(units) <= set(removed.get(group, ())):
+            name = graph.groups[group].name
+            raise RecipeError(f"force names {len(units)} units of {name!r}, of which fewer go. Raise the sparsity.")
 
 
 def _by_elements(

@@ -18,6 +18,7 @@ from secateur.progress import track
 from secateur.train.hold import hold
 from secateur.train.interrupt import polite_interrupt
 from secateur.train.loop import Epoch, Loop, Rate, undisturbed
+from secateur.train.slimming import slimming_penalty
 from secateur.types import MaskSet
 
 OPTIMIZERS: Mapping[str, Callable[..., torch.optim.Optimizer]] = {
@@ -53,6 +54,7 @@ def finetune(
     momentum: float = 0.9,
     warmup: float = 0.0,
     clip: float | None = None,
+    slimming: float = 0.0,
     loss: Loss | None = None,
     evaluate: Evaluate | None = None,
     on_epoch: Callable[[Epoch], None] | None = None,
@@ -73,6 +75,7 @@ def finetune(
         momentum: of SGD.
         warmup: share of the steps during which the learning rate rises linearly.
         clip: highest l2 norm of all gradients together.
+        slimming: strength of an L1 penalty on the scales of BatchNorm (Network Slimming), added to the loss.
         loss: ``loss(model, batch) -> scalar``; the model's own or cross-entropy by default.
         evaluate: ``evaluate(model) -> float`` or a dict of floats, run after each epoch and recorded.
         on_epoch: called with each finished epoch.
@@ -89,7 +92,7 @@ def finetune(
 
         history = finetune(result.model, batches, masks=result.masks, epochs=3, lr=1e-3)
     """
-    _check_numbers(epochs, steps, lr, weight_decay, momentum, warmup, clip)
+    _check_numbers(epochs, steps, lr, weight_decay, momentum, warmup, clip, slimming)
     if optimizer not in OPTIMIZERS:
         raise UnknownName("optimizer", optimizer, OPTIMIZERS)
     trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
@@ -106,6 +109,7 @@ def finetune(
         "momentum": momentum,
         "warmup": warmup,
         "clip": clip,
+        "slimming": slimming,
         "seed": seed,
         "steps": rate.steps,
         "batches": length,
@@ -123,7 +127,7 @@ def finetune(
             data=data,
             length=length,
             rate=rate,
-            loss=loss or default_loss,
+            loss=_slimmed(loss or default_loss, slimming),
             seed=seed,
             settings=settings,
             clip=clip,
@@ -136,7 +140,14 @@ def finetune(
 
 
 def _check_numbers(
-    epochs: int, steps: int | None, lr: float, weight_decay: float, momentum: float, warmup: float, clip: float | None
+    epochs: int,
+    steps: int | None,
+    lr: float,
+    weight_decay: float,
+    momentum: float,
+    warmup: float,
+    clip: float | None,
+    slimming: float,
 ) -> None:
     ranges = {
         "epochs": (epochs, epochs >= 1, "at least 1"),
@@ -146,10 +157,16 @@ def _check_numbers(
         "momentum": (momentum, 0 <= momentum < 1, "in [0, 1)"),
         "warmup": (warmup, 0 <= warmup < 1, "a share of the steps in [0, 1)"),
         "clip": (clip, clip is None or clip > 0, "above 0, or None"),
+        "slimming": (slimming, math.isfinite(slimming) and slimming >= 0, "0 or more"),
     }
     for name, (value, fits, allowed) in ranges.items():
         if not fits:
             raise RecipeError(f"fine-tuning: {name} must be {allowed}, got {value!r}")
+
+
+def _slimmed(loss: Loss, strength: float) -> Loss:
+    """`loss`, with the penalty on BatchNorm scales where there is one."""
+    return (lambda model, batch: loss(model, batch) + slimming_penalty(model, strength)) if strength else loss
 
 
 def _count(data: Batches) -> int:
