@@ -155,7 +155,7 @@ def rank_units(model: nn.Module, job: UnitJob) -> Ranked:
     """Trace and score. Touches nothing."""
     recipe, units = job.recipe, job.units
     graph = trace(model, job.arguments)
-    groups = _groups(graph, recipe, units)
+    groups = units_to_cut(graph, recipe, units)
     found = score_units(model, groups, recipe, units, batches=job.batches, loss=job.loss, example=job.example)
     return Ranked(graph, list(found.groups), dict(found.scores), (*graph.notes, *found.notes))
 
@@ -226,7 +226,8 @@ def _check(recipe: Recipe, units: Units) -> float | None:
     return None if recipe.sparsity is None else check_sparsity(recipe.sparsity)
 
 
-def _groups(graph: Graph, recipe: Recipe, units: Units) -> list[Group]:
+def units_to_cut(graph: Graph, recipe: Recipe, units: Units) -> list[Group]:
+    """The groups of units that a recipe cuts. Raises LayerError where there are none, and says why."""
     groups = choose_groups(graph, units.kinds, recipe.ignore)
     if recipe.layers is not None:
         wanted = recipe.layers

@@ -21,7 +21,7 @@ from secateur.registry import Entry, bind, name_of
 from secateur.stats import collect
 from secateur.stats.activity import Part, Site, activity
 from secateur.stats.guard import listed
-from secateur.types import UnitStats
+from secateur.types import LayerStats, UnitStats
 
 _WHERE = {
     "outputs": "the weights that make them",
@@ -70,8 +70,11 @@ def score_units(
     batches: Batches | None,
     loss: Loss | None,
     example: Batch,
+    stats: Mapping[str, LayerStats] | None = None,
 ) -> Scored:
     """Score the units of `groups` by the recipe's criterion. Groups that it cannot see are left alone, and a note names them.
+
+    `stats` of the weights are collected from `batches` where they are not given.
 
     Raises LayerError where none can be scored, and NonFiniteError for scores that are NaN or infinite.
     """
@@ -80,7 +83,7 @@ def score_units(
         scores, notes = _by_units(model, groups, recipe, units, batches, loss)
         missing = f"{_WHERE[entry.facts['on']]}, which criterion {entry.name!r} looks at"
     else:
-        scores, notes = _by_elements(model, groups, recipe, units, batches, loss, example)
+        scores, notes = _by_elements(model, groups, recipe, units, batches, loss, example, stats)
         missing = f"weights of linear, convolution or recurrent layers, which criterion {entry.name!r} looks at"
     seen = [g for g in groups if g.id in scores]
     seen = [g for g in seen if all(tie in scores for tie in g.ties)]
@@ -139,17 +142,21 @@ def _by_elements(
     batches: Batches | None,
     loss: Loss | None,
     example: Batch,
+    stats: Mapping[str, LayerStats] | None,
 ) -> tuple[dict[int, Tensor], tuple[str, ...]]:
     """The criterion's saliency of every weight that belongs to a group, folded into units."""
     name, score = bind(CRITERIA, recipe.criterion)
     members = {m.tensor for g in groups for m in g.members}
     layers = {n: layer for n, layer in find_layers(model)[0].items() if n in members}
-    needs = CRITERIA[name].facts["needs"]
-    found = collect(model, layers, needs, batches=batches, loss=loss, seed=recipe.seed, example=example)
-    saliency = {n: score(stats) for n, stats in found.layers.items()}
+    notes: tuple[str, ...] = ()
+    if stats is None:
+        needs = CRITERIA[name].facts["needs"]
+        found = collect(model, layers, needs, batches=batches, loss=loss, seed=recipe.seed, example=example)
+        stats, notes = found.layers, found.notes
+    saliency = {n: score(stats[n]) for n in layers}
     how = recipe.reduction or ("abs_sum" if CRITERIA[name].facts["reduction"] == "abs_sum" else "mean")
     known = [g for g in groups if any(m.tensor in saliency for m in g.members)]
-    return unit_scores(model, known, saliency, how, units.combine), found.notes  # type: ignore[arg-type]
+    return unit_scores(model, known, saliency, how, units.combine), notes  # type: ignore[arg-type]
 
 
 def _by_units(

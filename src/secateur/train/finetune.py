@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,7 +57,9 @@ def finetune(
     slimming: float = 0.0,
     loss: Loss | None = None,
     evaluate: Evaluate | None = None,
-    on_epoch: Callable[[Epoch], None] | None = None,
+    on_epoch: Callable[[Epoch], None] | Sequence[Callable[[Epoch], None]] = (),
+    patience: int | None = None,
+    keep_best: bool = False,
     seed: int = 0,
     checkpoint: str | Path | None = None,
 ) -> History:
@@ -78,7 +80,10 @@ def finetune(
         slimming: strength of an L1 penalty on the scales of BatchNorm (Network Slimming), added to the loss.
         loss: ``loss(model, batch) -> scalar``; the model's own or cross-entropy by default.
         evaluate: ``evaluate(model) -> float`` or a dict of floats, run after each epoch and recorded.
-        on_epoch: called with each finished epoch.
+        on_epoch: called with each finished epoch; one function or several, such as `secateur.train.logs.jsonl`.
+        patience: end early, after so many epochs in which the first number of `evaluate` became no better.
+        keep_best: leave the model as it was after the epoch in which that number was best. Judge by data that is held out
+            for it and not by the test data, which would then no longer say how good the model is.
         seed: of dropout and of the batches' order. The user's own random state is as before afterwards.
         checkpoint: a file in which the state is saved after each epoch, every minute and on Ctrl-C. Where it exists
             already, training goes on from it, and ends in the same bits as if it had never stopped. It is left there.
@@ -93,6 +98,10 @@ def finetune(
         history = finetune(result.model, batches, masks=result.masks, epochs=3, lr=1e-3)
     """
     _check_numbers(epochs, steps, lr, weight_decay, momentum, warmup, clip, slimming)
+    if evaluate is None and (patience is not None or keep_best):
+        raise RecipeError("fine-tuning: patience and keep_best need evaluate=, by which an epoch is judged")
+    if patience is not None and patience < 1:
+        raise RecipeError(f"fine-tuning: patience must be at least 1 epoch, got {patience!r}")
     if optimizer not in OPTIMIZERS:
         raise UnknownName("optimizer", optimizer, OPTIMIZERS)
     trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
@@ -114,6 +123,8 @@ def finetune(
         "steps": rate.steps,
         "batches": length,
         "masks": _digest(masks),
+        "patience": patience,
+        "keep_best": keep_best,
     }
     made = OPTIMIZERS[optimizer](trained, lr, weight_decay, momentum)
     masks.apply(model)
@@ -132,7 +143,9 @@ def finetune(
             settings=settings,
             clip=clip,
             evaluate=evaluate,
-            on_epoch=on_epoch,
+            on_epoch=[on_epoch] if callable(on_epoch) else list(on_epoch),
+            patience=patience,
+            keep_best=keep_best,
             path=None if checkpoint is None else Path(checkpoint),
         )
         loop.run(stop)
