@@ -118,11 +118,7 @@ def main() -> None:
         head = ("checkpoint GB", "cap GB", "peak GB", "blocks done at the kill", "seconds after it", "CPU seconds")
         row = (f"{size:.1f}", f"{given.cap:g}", f"{found['peak']:.2f}", str(kept), f"{time.monotonic() - begun:.0f}")
         print("\n".join(table(head, [(*row, f"{found['cpu']:.0f}")])))
-        print(
-            conditions(
-                int(os.environ.get("OMP_NUM_THREADS", 0)) or torch.get_num_threads(), "seed 0", time.monotonic() - started
-            )
-        )
+        print(conditions(torch.get_num_threads(), "seed 0", time.monotonic() - started))
     finally:
         shutil.rmtree(place, ignore_errors=True)
 
