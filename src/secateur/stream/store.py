@@ -81,7 +81,8 @@ class Store:
             self._finished(shard, nonzeros)
 
     def clear(self) -> None:
-        """The run is finished: remove its state."""
+        """The run is finished: remove its state, first of all what says whose it is, so that a kill leaves nobody's."""
+        (self._folder / "run").unlink(missing_ok=True)
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _claim(self, key: str) -> None:
