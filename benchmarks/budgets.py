@@ -169,8 +169,8 @@ def page(rows: dict[str, dict[str, Any]], options: argparse.Namespace, seconds: 
         "",
         "## By which order units go",
         "",
-        "ResNet-56 on every 10th test image of CIFAR-10 (1,000 of all classes), all channels cut at once by L1 to the share of the "
-        "MACs, without training; BatchNorm statistics re-estimated on 1,280 training images. Accuracy in percent.",
+        "ResNet-56 on every 10th test image of CIFAR-10 (1,000 of all classes), all channels cut at once by L1 to the share of "
+        "the MACs, without training; BatchNorm statistics re-estimated on 1,280 training images. Accuracy in percent.",
         "",
         *table(["MACs", *ALLOCATIONS], _accuracies(rows)),
         "",

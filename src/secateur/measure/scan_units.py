@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -13,17 +12,10 @@ from secateur.data.batches import Batch, Batches, Loss
 from secateur.graph import cut, kept_counts, lowest, make_plan
 from secateur.graph.choose import Competitor, competitors, named
 from secateur.measure.cache import fingerprint
+from secateur.measure.scan import Subject
 from secateur.patterns import Units
 from secateur.recipe import Recipe
 from secateur.structured import Ranked, prepare_units, rank_units
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What a scan prunes at a time: the model with it pruned to a sparsity, and a digest of what that depends on."""
-
-    pruned: Callable[[float], AbstractContextManager[nn.Module]]
-    depends: str
 
 
 def units_to_scan(
