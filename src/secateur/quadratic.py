@@ -62,6 +62,15 @@ def damped(gram: Tensor, damp: float) -> Tensor:
     return result
 
 
+def checked(gram: Tensor, damp: float, name: str) -> tuple[Tensor, tuple[str, ...]]:
+    """`damped`, and what there is to say of it: for solvers that factorise something better conditioned themselves.
+
+    Raises NonFiniteError, naming the layer, for NaN or infinite values.
+    """
+    _check_finite(gram, name)
+    return damped(gram, damp), tuple(_dead(gram, name))
+
+
 def cholesky(gram: Tensor, damp: float, name: str) -> Factor:
     """Cholesky factor of the damped matrix. Where it fails it is damped 10 and 100 times harder, then done in float64.
 
@@ -80,8 +89,7 @@ def reverse_cholesky(gram: Tensor, damp: float, name: str) -> Factor:
 
 
 def _until_it_succeeds(factorise: Callable[[Tensor], tuple[Tensor, Tensor]], gram: Tensor, damp: float, name: str) -> Factor:
-    if not bool(torch.isfinite(gram.sum())):
-        raise NonFiniteError(f"the Gram matrix of {name!r} holds NaN or infinite values: check the calibration data")
+    _check_finite(gram, name)
     notes = _dead(gram, name)
     for dtype in (torch.float32, torch.float64):
         for harder in _HARDER:
@@ -118,6 +126,11 @@ def _reverse(matrix: Tensor) -> tuple[Tensor, Tensor]:
             above = torch.linalg.solve_triangular(corner.transpose(1, 2), panel[:, :start], upper=False, left=False)
             result[:, :start, start:stop] = above
     return result, failed
+
+
+def _check_finite(gram: Tensor, name: str) -> None:
+    if not bool(torch.isfinite(gram.sum())):
+        raise NonFiniteError(f"the Gram matrix of {name!r} holds NaN or infinite values: check the calibration data")
 
 
 def _dead(gram: Tensor, name: str) -> list[str]:

@@ -114,7 +114,7 @@ def test_without_blocks_passes_hold_as_many_layers_as_memory_allows(monkeypatch)
     batches = Batches([torch.randn(6, 4)])
     layers = find_layers(model)[0]
     assert [list(p) for p in grams_in_turn(model, layers, batches)] == [["0.weight", "2.weight", "4.weight"]]
-    monkeypatch.setattr(module, "_memory", lambda: 10 * 2 * 4 * 4 * 12)
+    monkeypatch.setattr(module, "total_memory", lambda: 10 * 2 * 4 * 4 * 12)
     assert [list(p) for p in grams_in_turn(model, layers, batches)] == [["0.weight", "2.weight"], ["4.weight"]]
 
 
@@ -138,3 +138,41 @@ def test_a_decoder_with_a_cache_is_replayed(caplog):
     assert count == 4, "three blocks and the head"
     assert model.config.use_cache
     assert "not replayed" not in caplog.text
+
+
+class Scaled(Block):
+    factor = 1.0
+
+    def forward(self, hidden, scale):
+        return super().forward(hidden, scale)[0] * self.factor, None
+
+
+class Rewritten(Encoder):
+    """Its last block gives something else inside the model than by itself."""
+
+    def __init__(self):
+        super().__init__(Scaled)
+
+    def forward(self, input_ids, attention_mask):
+        self.blocks[-1].factor = 2.0
+        try:
+            return super().forward(input_ids, attention_mask)
+        finally:
+            self.blocks[-1].factor = 1.0
+
+
+def test_the_self_check_looks_at_the_last_block_too(caplog):
+    model, batches = Rewritten(), Batches(data())
+    layers = find_layers(model)[0]
+    expected = collect(model, layers, {Need.GRAM}, batches=batches).layers
+    for part in grams_in_turn(model, layers, batches):
+        for name, gram in part.items():
+            torch.testing.assert_close(gram, expected[name].gram, rtol=1e-4, atol=1e-4)
+    assert "the last gives something else by itself" in caplog.text
+
+
+def test_a_long_calibration_is_announced(monkeypatch, caplog):
+    monkeypatch.setattr(module, "_LONG", 0.0)
+    model = Encoder()
+    list(grams_in_turn(model, find_layers(model)[0], Batches(data())))
+    assert "calibrating 3 blocks: about 0 min without the solver" in caplog.text

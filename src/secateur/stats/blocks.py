@@ -8,31 +8,36 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from contextlib import nullcontext
+from pathlib import Path
 
-import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
-from secateur.data.batches import Batches, forward, token_mask
+from secateur.data.batches import Batches
 from secateur.layers import Layer
+from secateur.memory import total_memory
 from secateur.progress import advance
-from secateur.stats import nonfinite
 from secateur.stats.collect import collect
-from secateur.stats.gram import Grams
-from secateur.stats.guard import check_reached, ordinary, untouched
+from secateur.stats.replay import Holding, Trial, phase, record, watch
+from secateur.stats.spill import Spill
 from secateur.types import Need
 
 log = logging.getLogger("secateur")
 _SHARE = 0.25  # of the prunable weights that a list of blocks has to hold to be worth replaying
+_LONG = 60.0  # seconds from which on a run is announced as a warning
 _MEMORY = 0.1  # of the machine's memory that the matrices of one pass may take
 
 
 def grams_in_turn(
-    model: nn.Module, layers: Mapping[str, Layer], batches: Batches, *, seed: int = 0, done: Collection[str] = ()
+    model: nn.Module,
+    layers: Mapping[str, Layer],
+    batches: Batches,
+    *,
+    seed: int = 0,
+    done: Collection[str] = (),
+    holding: Holding = nullcontext,
+    spill_to: Path | None = None,
 ) -> Iterator[dict[str, Tensor]]:
     """Gram matrices of all `layers`, each of them once, in the order in which the model computes them.
 
@@ -41,7 +46,9 @@ def grams_in_turn(
     other layers come in passes of the whole model, as many at a time as a tenth of the memory holds the matrices of. Of the
     layers in `done`, whose weights are final, no matrices are made.
 
-    Memory: one block's matrices and the hidden states of all batches. Raises what `collect` raises.
+    Memory: one block's matrices and the hidden states of all batches, which go to a file in `spill_to` where they are more
+    than a quarter of what is left. Before the first block its time and memory are estimated and said. ``holding(block)`` is
+    entered while a block is run, for models whose weights lie on disk. Raises what `collect` raises.
     """
     lists = find_blocks(model, layers)
     inside = {name for blocks in lists for block in blocks for name in _within(block, layers)}
@@ -52,7 +59,7 @@ def grams_in_turn(
         early = {n: layer for n, layer in rest.items() if order[n] < start}
         yield from _passes(model, early, batches, seed, done)
         rest = {n: layer for n, layer in rest.items() if n not in early}
-        yield from _replayed(model, layers, blocks, batches, seed, done)
+        yield from _replayed(model, layers, blocks, batches, seed, done, holding, spill_to)
     yield from _passes(model, rest, batches, seed, done)
 
 
@@ -98,7 +105,7 @@ def _passes(
 
 def portions(layers: Mapping[str, Layer]) -> Iterator[dict[str, Layer]]:
     """The layers in order, as many at a time as a tenth of the memory holds the Gram matrices of, and at least one."""
-    budget = _MEMORY * _memory()
+    budget = _MEMORY * total_memory()
     chosen: dict[str, Layer] = {}
     used = 0.0
     for name, layer in layers.items():
@@ -126,156 +133,51 @@ def _bytes(layer: Layer) -> float:
     return float(getattr(layer.module, "groups", 1)) * math.prod(layer.shape[1:]) ** 2 * 12
 
 
-def _memory() -> int:
-    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return 8 << 30
-
-
-class _Stop(Exception):
-    """Ends a forward pass at the first block: what comes after is not needed."""
-
-
-class _Call:
-    """The arguments of the first block on one batch, and the padding mask that goes with them."""
-
-    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], mask: Tensor | None):
-        self.args, self.kwargs, self.mask = args, kwargs, mask
-
-    @property
-    def hidden(self) -> Tensor:
-        """What a block hands on to the next: its first argument."""
-        return self.args[0] if self.args else next(iter(self.kwargs.values()))
-
-    def run(self, block: nn.Module) -> Tensor:
-        """The hidden state after `block`."""
-        output = block(*self.args, **self.kwargs)
-        return output if isinstance(output, Tensor) else output[0]
-
-    def proceed(self, hidden: Tensor) -> None:
-        """Put the hidden state after a block in the place of the one before it."""
-        if self.args:
-            self.args = (hidden, *self.args[1:])
-        else:
-            self.kwargs[next(iter(self.kwargs))] = hidden
-
-
 def _replayed(
-    model: nn.Module, layers: Mapping[str, Layer], names: list[str], batches: Batches, seed: int, done: Collection[str]
+    model: nn.Module,
+    layers: Mapping[str, Layer],
+    names: list[str],
+    batches: Batches,
+    seed: int,
+    done: Collection[str],
+    holding: Holding,
+    spill_to: Path | None,
 ) -> Iterator[dict[str, Tensor]]:
     """Block by block on recorded arguments; in passes of the whole model where the blocks cannot be run by themselves."""
     blocks = [model.get_submodule(name) for name in names]
     parts = [{n: layers[n] for n in _within(name, layers)} for name in names]
-    with _phase(model, seed):
-        reason = _why_not(model, blocks, batches)
-        calls = [] if reason else _record(model, blocks[0], batches)
-    if reason:
-        log.warning("%s to %s are not replayed one by one: %s", names[0], names[-1], reason)
+    spill = Spill(folder=spill_to)
+    with phase(model, seed):
+        trial = Trial(model, blocks, batches, holding)
+        calls = [] if trial.reason else record(model, blocks[0], batches, spill)
+    if trial.reason:
+        log.warning("%s to %s are not replayed one by one: %s", names[0], names[-1], trial.reason)
         for part in parts:
             yield from _passes(model, part, batches, seed, done)
         return
+    _announce(trial, len(calls), parts, spill)
     for i, (block, part) in enumerate(zip(blocks, parts, strict=True)):
         advance("blocks", i, len(blocks))
         left = {n: layer for n, layer in part.items() if n not in done}
-        if left:
-            with _phase(model, seed):
-                grams = _watch(model, block, left, calls, batches)
-            yield grams
-            del grams
-        if i + 1 < len(blocks):
-            with _phase(model, seed):
-                for call in calls:
-                    call.proceed(call.run(block))
+        with holding(block):
+            if left:
+                with phase(model, seed):
+                    grams = watch(model, block, left, calls, batches)
+                yield grams
+                del grams
+            if i + 1 < len(blocks):
+                with phase(model, seed):
+                    for call in calls:
+                        call.proceed(call.run(block))
     advance("blocks", len(blocks), len(blocks))
 
 
-def _watch(
-    model: nn.Module, block: nn.Module, layers: Mapping[str, Layer], calls: list[_Call], batches: Batches
-) -> dict[str, Tensor]:
-    watcher = Grams(model, layers)
-    for index, call in enumerate(calls):
-        with watcher.recording({} if call.mask is None else {"attention_mask": call.mask}):
-            call.run(block)
-        if not watcher.finite():
-            batch = next(b for i, b in enumerate(batches) if i == index)
-            nonfinite.explain(model, lambda batch=batch: forward(model, batch), index)  # type: ignore[misc]
-    check_reached([name for name in layers if name not in watcher.seen], "no call was seen of the modules of")
-    return watcher.take()
-
-
-@contextmanager
-def _phase(model: nn.Module, seed: int) -> Iterator[None]:
-    """Eval mode and no gradients, and no key-value cache, into which every replay would write again."""
-    config = getattr(model, "config", None)
-    cache = getattr(config, "use_cache", None)
-    with untouched(model, [], seed), torch.no_grad():
-        try:
-            if cache is not None:
-                config.use_cache = False  # type: ignore[union-attr]
-            yield
-        finally:
-            if cache is not None:
-                config.use_cache = cache  # type: ignore[union-attr]
-
-
-def _record(model: nn.Module, block: nn.Module, batches: Batches) -> list[_Call]:
-    """Arguments of `block` for every batch; the forward pass goes no further."""
-    calls: list[_Call] = []
-
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        calls.append(_Call(args, dict(kwargs), mask))
-        raise _Stop
-
-    handle = block.register_forward_pre_hook(hook, with_kwargs=True)
-    try:
-        for batch in batches:
-            mask = token_mask(batch)
-            try:
-                forward(model, ordinary(batch))
-            except _Stop:
-                continue
-    finally:
-        handle.remove()
-    return calls
-
-
-def _why_not(model: nn.Module, blocks: list[nn.Module], batches: Batches) -> str | None:
-    """Why the blocks cannot be run by themselves, tried on the first batch; None where they can.
-
-    Each must be called once, in order, with what the one before gave and otherwise the arguments of the first.
-    """
-    seen: list[tuple[int, tuple[Any, ...], dict[str, Any]]] = []
-
-    def hook(index: int) -> Any:
-        return lambda module, args, kwargs: seen.append((index, args, dict(kwargs)))
-
-    handles = [b.register_forward_pre_hook(hook(i), with_kwargs=True) for i, b in enumerate(blocks)]
-    try:
-        forward(model, ordinary(next(iter(batches))))
-    finally:
-        for handle in handles:
-            handle.remove()
-    if [index for index, _, _ in seen] != list(range(len(blocks))):
-        return "they are not called once each, in order"
-    first = _Call(seen[0][1], seen[0][2], None)
-    if not (first.args or first.kwargs) or not isinstance(first.hidden, Tensor):
-        return "their first argument is no tensor"
-    if any(type(leaf).__name__.endswith("Cache") for leaf in pytree.tree_leaves((first.args, first.kwargs))):
-        return "they are given a key-value cache"
-    for index, args, kwargs in seen[1:]:
-        first.proceed(first.run(blocks[index - 1]))
-        if not _alike((args, kwargs), (first.args, first.kwargs)):
-            return f"the {index + 1}th gets other arguments than what the one before gave and the first was given"
-    return None
-
-
-def _alike(one: Any, other: Any) -> bool:
-    a, spec_a = pytree.tree_flatten(one)
-    b, spec_b = pytree.tree_flatten(other)
-    return spec_a == spec_b and all(_same(x, y) for x, y in zip(a, b, strict=True))
-
-
-def _same(x: Any, y: Any) -> bool:
-    if isinstance(x, Tensor) and isinstance(y, Tensor):
-        return x is y or (x.shape == y.shape and x.dtype == y.dtype and torch.allclose(x, y, rtol=1e-4, atol=1e-5))
-    return x is y or bool(x == y)
+def _announce(trial: Trial, calls: int, parts: list[dict[str, Layer]], spill: Spill) -> None:
+    """Say what is to come, where it takes more than a minute: two runs of every block on every batch."""
+    seconds = 2 * trial.seconds * calls
+    matrices = max(sum(map(_bytes, part.values())) for part in parts)
+    say = log.warning if seconds > _LONG else log.info
+    say(
+        "calibrating %d blocks: about %.0f min without the solver; %.1f GB for matrices, %.1f for hidden states, %.1f on disk",
+        *(len(parts), seconds / 60, matrices / 1e9, trial.values * calls * 4 / 1e9, spill.spilled / 1e9),
+    )

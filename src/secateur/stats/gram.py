@@ -8,7 +8,6 @@ canonical weight: rows ``out * g / groups`` up to ``out * (g + 1) / groups`` of 
 from __future__ import annotations
 
 import math
-import os
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 from secateur.data.batches import Batch
 from secateur.errors import LayerError
 from secateur.layers import CONVOLUTIONS, Layer
+from secateur.memory import total_memory
 from secateur.stats.inputs import attention_features
 from secateur.stats.watch import Call, Watcher, attention_parent
 
@@ -162,9 +162,9 @@ def _check_memory(layer: Layer) -> None:
     groups = int(getattr(layer.module, "groups", 1))
     width = math.prod(layer.shape[1:])
     needed = groups * width * width * 8 * 2
-    if layer.parameter.is_cuda or not hasattr(os, "sysconf"):
+    if layer.parameter.is_cuda:
         return
-    present = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    present = total_memory()
     if needed > present:
         raise LayerError(
             f"the Gram matrix of {layer.name!r}, shape {tuple(layer.shape)}, would be {groups} x {width} x {width} and take "

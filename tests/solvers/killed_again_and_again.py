@@ -1,0 +1,92 @@
+"""Runs a calibrated pruning run in forked children that are killed at random moments, and resumes what they leave.
+
+    python killed_again_and_again.py FOLDER KILLS SEED
+
+A fork starts in milliseconds where a fresh interpreter takes seconds, so many moments can be tried. Prints as JSON how many
+children were killed, how many of them left state to resume, and the digests of what the finished runs wrote.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import os
+import random
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from test_solve_resume import network
+
+import secateur as sc
+
+
+def run(out: Path) -> None:
+    """A calibrated run in two steps, without what takes time and leaves no state: the page and the timing."""
+    prune = importlib.import_module("secateur.prune")  # sc.prune is the function
+    prune.render = lambda report: ""
+    prune._timed_side_by_side = lambda model, pruned, example, before, after: (before, after)
+    data = [torch.randn(20, 6, generator=torch.Generator().manual_seed(i)) for i in range(2)]
+    more = {"schedule": "cubic", "steps": 2, "pattern": "element", "criterion": "wanda", "solver": "sparsegpt"}
+    sc.prune(network(), sparsity=0.6, data=data, out=out, overwrite=True, **more)
+
+
+def forked(work: Callable[[], None], seconds: float | None) -> bool:
+    """Whether `work` was killed, `seconds` after it began in a child of its own."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            work()
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    if seconds is not None:
+        time.sleep(seconds)
+        os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    if os.WIFEXITED(status) and os.WEXITSTATUS(status):
+        raise SystemExit("a run failed by itself")
+    return os.WIFSIGNALED(status)
+
+
+def digest(out: Path) -> str:
+    """Of everything that the run wrote but the report, which holds times."""
+    files = [p for p in sorted(out.rglob("*.safetensors")) if p.is_file()]
+    assert files
+    return hashlib.sha256(b"".join(p.name.encode() + p.read_bytes() for p in files)).hexdigest()
+
+
+def repeat(folder: Path, kills: int, seed: int, work: Callable[[Path], None]) -> dict[str, object]:
+    """Kill and resume until `kills` children died, each finished run in a place of its own."""
+    rng = random.Random(seed)
+    work(folder / "warm")  # here, so that no child has to import anything
+    started = time.monotonic()
+    forked(lambda: work(folder / "whole"), None)
+    whole = time.monotonic() - started
+    killed = resumed = 0
+    digests = [digest(folder / "whole")]
+    while killed < kills:
+        out = folder / f"run{len(digests)}"
+        while True:
+            state = list(folder.glob(f".{out.name}.*/**/*.safetensors"))
+            if not forked(lambda out=out: work(out), rng.uniform(0, 1.1 * whole) if killed < kills else None):
+                break
+            killed += 1
+            resumed += bool(state)
+        digests.append(digest(out))
+    left = sorted(p.name for p in folder.iterdir() if p.name.startswith("."))
+    return {"killed": killed, "resumed": resumed, "digests": digests, "left": left}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    print(json.dumps(repeat(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), run)))
