@@ -78,6 +78,11 @@ def prepare(
             f"repair {recipe.repair!r} is for patterns that cut units (channel, head, ...); pattern {recipe.pattern!r} masks "
             "single weights, which a solver repairs: solver='least-squares'."
         )
+    for key, value in (("slimming", recipe.slimming), ("force", recipe.force)):
+        if value:
+            raise RecipeError(
+                f"{key} is for patterns that cut units (channel, head, ...); pattern {recipe.pattern!r} masks weights"
+            )
     method = resolve(
         criterion=recipe.criterion,
         pattern=recipe.pattern,
@@ -119,8 +124,9 @@ def check_data(recipe: Recipe, criterion: str, needs: Collection[Need], batches:
         raise RecipeError(f"criterion {criterion!r} follows the weights through a training: use sc.gradual in a training loop")
     if name_of(recipe.regrow) != "none":
         raise RecipeError(f"regrow {recipe.regrow!r} is for pruning during a training: use sc.gradual in a training loop")
-    if recipe.finetune is not None and train is None:
-        raise RecipeError("finetune needs batches to train on: pass train= (or data=)")
+    for key, training in (("finetune", recipe.finetune), ("slimming", recipe.slimming)):
+        if training is not None and train is None:
+            raise RecipeError(f"{key} needs batches to train on: pass train= (or data=)")
     if batches is not None:
         return
     if needed := sorted(n.value for n in needs if n.data):

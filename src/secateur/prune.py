@@ -166,7 +166,8 @@ class _Outcome:
 def _is_long(job: Job | UnitJob) -> bool:
     """Whether a run that is stopped would lose enough to be worth its state on disk."""
     solves = isinstance(job, Job) and bool(job.method.solver_needs)
-    return job.recipe.finetune is not None or (job.batches is not None and (job.recipe.steps > 1 or solves))
+    trains = job.recipe.finetune is not None or job.recipe.slimming is not None
+    return trains or (job.batches is not None and (job.recipe.steps > 1 or solves))
 
 
 def _carry_out(
@@ -179,6 +180,9 @@ def _carry_out(
 ) -> _Outcome:
     points = [_point(job, 0.0, before.quality)] if before.quality else []
     if isinstance(job, UnitJob):
+        if job.recipe.slimming is not None and job.train is not None:
+            model, inplace = model if inplace else copy.deepcopy(model), True
+            _slim(job, model, progress)
         cut = cut_units(model, job, inplace=inplace)
         _repair(job, cut.model, 0, None, progress)
         return _Outcome(cut.model, cut.masks, cut.plan, points, list(cut.notes))
@@ -186,6 +190,16 @@ def _carry_out(
     job = replace(job, layers=find_layers(pruned, layers=list(job.layers))[0])
     solved, points = _steps(job, pruned, evaluate, points, progress)
     return _Outcome(pruned, solved.masks, _plan(job, solved.masks), points, list(solved.notes), solved.errors)
+
+
+def _slim(job: UnitJob, model: nn.Module, progress: Progress | None) -> None:
+    """Network Slimming's training, on `model` in place."""
+    assert job.recipe.slimming is not None
+    assert job.train is not None
+    settings = job.recipe.slimming.model_dump()
+    settings["slimming"] = settings.pop("strength")
+    checkpoint = None if progress is None else progress.slimming
+    finetune(model, job.train, loss=job.loss, seed=job.recipe.seed, checkpoint=checkpoint, **settings)
 
 
 def _train_loss(teacher: nn.Module, recipe: Recipe, loss: Loss | None, inplace: bool) -> Loss | None:
@@ -279,7 +293,7 @@ def _report(
     seconds: float,
 ) -> Report:
     masks, plan = outcome.masks, outcome.plan
-    left = {} if plan.cuts else dict(outcome.model.named_parameters())
+    left = {} if plan.structural else dict(outcome.model.named_parameters())
     layers = tuple(
         layer_report(
             p.name, original[p.name], masks[p.name], p.pattern, outcome.errors.get(p.name), weight_after=left.get(p.name)
@@ -287,7 +301,7 @@ def _report(
         for p in plan.layers
     )
     notes, points = list(outcome.notes), list(outcome.points)
-    if collapsed := [layer.name for layer in layers if layer.kept == 0]:
+    if collapsed := [layer.name for layer in layers if layer.kept == 0 and not plan.dropped]:
         notes.append(f"these layers lost every weight and pass nothing on: {', '.join(collapsed)}")
         log.warning("%s", notes[-1])
     metric = next(iter(after.quality), None)
@@ -341,7 +355,7 @@ def _save(result: Result, recipe: Recipe, out: str | Path, overwrite: bool, sour
     save(
         result.model,
         out,
-        masks=None if result.plan.cuts else result.masks,  # a cut model's masks have other shapes; its plan says as much
+        masks=None if result.plan.structural else result.masks,  # a cut model's masks have other shapes; its plan says as much
         plan=result.plan,
         report=result.report,
         recipe=recipe.to_toml(),

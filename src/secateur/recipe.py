@@ -74,6 +74,21 @@ class FineTune(_Strict):
     """Learn from the unpruned model, instead of from labels or beside them."""
 
 
+class Slimming(_Strict):
+    """Training before the cut with an L1 penalty on the scales of BatchNorm (Liu et al. 2017), for the criterion bn_scale."""
+
+    strength: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-4
+    """Weight of the sum of the absolute scales in the loss."""
+    epochs: Annotated[int, Field(ge=1)] = 1
+    """Epochs."""
+    optimizer: Literal["adamw", "sgd"] = "sgd"
+    """SGD with Nesterov momentum, as in the paper, or AdamW, which rescales the penalty."""
+    lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-2
+    """Highest learning rate; it falls to zero along a half cosine."""
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """Weight decay: decoupled for AdamW, L2 for SGD."""
+
+
 class Recipe(_Strict):
     """Everything that decides what is pruned and how. Two runs of one recipe on one model and data give the same bits.
 
@@ -93,8 +108,8 @@ class Recipe(_Strict):
     reduction: str | None = None
     """How the scores of a unit's weights become one: sum, mean, l2, max or abs_sum. By default the criterion's own."""
     pattern: Piece = "element"
-    """What is removed together: element, row, neuron, n:m ("2:4" keeps 2 of 4), block ("4x1"); channel, ffn, head, head_dim and
-    width are cut out for real."""
+    """What is removed together: element, row, neuron, n:m ("2:4" keeps 2 of 4), block ("4x1"); channel, ffn, head, head_dim,
+    width and layer are cut out for real."""
     allocation: Piece | None = None
     """How much each layer loses. By default global, and uniform for n:m. Of units cut out: uniform (the default), global,
     or isomorphic, by which those of groups that do the same in different blocks compete; sensitivity, by the curves of a
@@ -111,10 +126,15 @@ class Recipe(_Strict):
     """Only these: names of parameters or modules, or shell patterns of them."""
     ignore: tuple[str, ...] = ()
     """Not these: names of parameters or modules, or shell patterns of them."""
+    force: tuple[str, ...] = ()
+    """Of patterns that cut units: what has to go, within the sparsity. Blocks by name for the pattern layer, other units by the
+    outputs of a layer, as in ``layer1.0.conv1[3,5]``."""
     repair: Literal["none", "bias", "least-squares"] = "none"
     """Of patterns that cut units: how the layers whose inputs were cut make up for them, on the calibration data."""
     reestimate_norms: bool = False
     """Re-estimate BatchNorm statistics on the calibration data after pruning."""
+    slimming: Slimming | None = None
+    """Of patterns that cut units: training with sparse BatchNorm scales before the cut."""
     finetune: FineTune | None = None
     """Training after each pruning step."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
@@ -142,7 +162,7 @@ class Recipe(_Strict):
         else:
             data = {} if source is None else _read(Path(source))
         data.update({k: v for k, v in changes.items() if v is not None})
-        for key in ("layers", "ignore"):
+        for key in ("layers", "ignore", "force"):
             if isinstance(data.get(key), list):
                 data[key] = tuple(data[key])
         try:
@@ -223,5 +243,9 @@ def _is_branch(part: int | str) -> bool:
 
 
 def _fields(model: type[BaseModel], path: list[str]) -> list[str]:
-    known: dict[tuple[str, ...], type[BaseModel]] = {("finetune",): FineTune, ("finetune", "distill"): Distill}
+    known: dict[tuple[str, ...], type[BaseModel]] = {
+        ("slimming",): Slimming,
+        ("finetune",): FineTune,
+        ("finetune", "distill"): Distill,
+    }
     return list(known.get(tuple(path), model).model_fields)

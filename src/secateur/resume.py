@@ -38,6 +38,11 @@ class Progress:
             write_synced(file, key.encode())
 
     @property
+    def slimming(self) -> Path:
+        """Checkpoint of the training before the cut."""
+        return self._folder / "slimming.safetensors"
+
+    @property
     def training(self) -> Path:
         """Checkpoint of the fine-tuning in hand."""
         return self._folder / "training.safetensors"

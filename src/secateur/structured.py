@@ -13,10 +13,11 @@ from secateur.budgets.amount import parse_budget
 from secateur.budgets.choose import choose_counts
 from secateur.data.batches import Batch, Batches, Loss, inputs_of
 from secateur.errors import LayerError, ModelError, RecipeError
-from secateur.graph import Graph, Group, choose_groups, cut, difference, lowest, make_plan, select, trace
+from secateur.graph import Graph, Group, bypass_difference, choose_groups, cut, difference, lowest, make_plan, select, trace
 from secateur.graph.choose import Competitor, Scope, competitors
 from secateur.graph.prune import TOLERANCE
 from secateur.job import check_data
+from secateur.layer_dropping import plan_blocks
 from secateur.layers import check_finite, find_layers, matches
 from secateur.patterns import Units
 from secateur.recipe import Recipe
@@ -24,7 +25,7 @@ from secateur.repair_units import refit
 from secateur.select import removed_count
 from secateur.sparsity import check_sparsity
 from secateur.types import MaskSet, Plan, Sensitivity
-from secateur.unit_scoring import criterion_entry, score_units
+from secateur.unit_scoring import check_forced, criterion_entry, forced_units, score_units
 
 #: Allocations of units that are cut out -> whose units compete: uniform within each group, isomorphic among groups that do the
 #: same in different blocks (Fang et al. 2024, Isomorphic Pruning for Vision Models), global among all.
@@ -104,7 +105,7 @@ def prepare_units(
             f"allocation {BY_CURVES!r} goes by the curves of a scan: pass sensitivity=sc.scan(model, pattern={units.name!r}, "
             "evaluate=...)"
         )
-    criterion = criterion_entry(recipe)
+    criterion = criterion_entry(recipe, blocks=units.whole_blocks)
     batches = None if data is None else Batches(data)
     training = batches if train is None else Batches(train)
     check_data(recipe, criterion.name, criterion.facts["needs"], batches, training)
@@ -125,10 +126,14 @@ def cut_units(model: nn.Module, job: UnitJob, *, inplace: bool = False) -> Small
     chosen = choose_units(model, job)
     masks = masks_of(model, chosen.plan)
     smaller = cut(model, chosen.plan)
-    error = difference(model, smaller, chosen.graph, chosen.graph.flags(chosen.removed), job.arguments)
+    if job.units.whole_blocks:
+        error, against = bypass_difference(model, smaller, chosen.plan, job.arguments), "original with the blocks bypassed"
+    else:
+        flags = chosen.graph.flags(chosen.removed)
+        error, against = difference(model, smaller, chosen.graph, flags, job.arguments), "masked original"
     if not error <= TOLERANCE:
         raise ModelError(
-            f"the cut model differs from the masked original by {error:.2g} (relative); at most {TOLERANCE:g} is rounding. "
+            f"the cut model differs from the {against} by {error:.2g} (relative); at most {TOLERANCE:g} is rounding. "
             "Nothing was changed. Leave out what does not follow the cut with ignore=."
         )
     notes = list(chosen.notes)
@@ -141,7 +146,7 @@ def cut_units(model: nn.Module, job: UnitJob, *, inplace: bool = False) -> Small
     with torch.no_grad():
         for name, tensor in changes.items():
             smaller.get_parameter(name).copy_(tensor)
-    checked = f"on the example the cut model gives the masked original's output within {error:.1e} (relative)"
+    checked = f"on the example the cut model gives the output of the {against} within {error:.1e} (relative)"
     return Smaller(smaller, chosen.plan, masks, (*notes, checked))
 
 
@@ -159,7 +164,7 @@ def rank_units(model: nn.Module, job: UnitJob) -> Ranked:
     """Trace and score. Touches nothing."""
     recipe, units = job.recipe, job.units
     graph = trace(model, job.arguments)
-    groups = _groups(graph, recipe, units)
+    groups = units_to_cut(graph, recipe, units)
     found = score_units(model, groups, recipe, units, batches=job.batches, loss=job.loss, example=job.example)
     return Ranked(graph, list(found.groups), dict(found.scores), (*graph.notes, *found.notes))
 
@@ -167,8 +172,15 @@ def rank_units(model: nn.Module, job: UnitJob) -> Ranked:
 def choose_units(model: nn.Module, job: UnitJob) -> Chosen:
     """Trace, score and choose. Touches nothing."""
     recipe, units = job.recipe, job.units
+    if units.whole_blocks:
+        graph = trace(model, job.arguments)
+        plan, notes = plan_blocks(model, graph, recipe, batches=job.batches, loss=job.loss, example=job.example)
+        return Chosen(graph, {}, plan, (*graph.notes, *notes))
     ranked = rank_units(model, job)
     graph, groups, scores = ranked.graph, ranked.groups, ranked.scores
+    forced = forced_units(model, groups, recipe.force)
+    for group, gone in forced.items():
+        scores[group][gone] = -torch.inf
     widths: dict[str, Any] = {"round_to": units.round_to, "min_width": units.min_width}
     budget = None
     if job.sparsity is not None and job.allocation in ALLOCATIONS:
@@ -181,6 +193,7 @@ def choose_units(model: nn.Module, job: UnitJob) -> Chosen:
         where: dict[str, Any] = {"target": target, "scope": scope, "example": job.example}
         kept, budget = choose_counts(model, graph, groups, scores, **where, **widths)
         removed = lowest(groups, scores, kept)
+    check_forced(graph, forced, removed)
     return Chosen(graph, removed, replace(make_plan(graph, model, removed), budget=budget), ranked.notes)
 
 
@@ -204,22 +217,32 @@ def masks_of(model: nn.Module, plan: Plan) -> MaskSet:
             line[list(c.kept)] = True
             mask = masks.setdefault(name, torch.ones(parameter.shape, dtype=torch.bool))
             mask &= line.reshape([-1 if d == c.dim else 1 for d in range(parameter.dim())])
+    for planned in plan.layers:
+        masks.setdefault(planned.name, torch.full(planned.shape, bool(planned.kept)))
     return MaskSet(masks)
 
 
 def _check(recipe: Recipe, units: Units) -> float | None:
-    if recipe.sparsity is None and recipe.budget is None:
+    if recipe.sparsity is None and recipe.budget is None and not (units.whole_blocks and recipe.force):
         raise RecipeError(
             "sparsity is missing: give the fraction of units to cut, such as sparsity=0.5, or a budget such as '50% MACs'"
         )
-    if recipe.allocation is not None and recipe.allocation not in (known := [*ALLOCATIONS, BY_CURVES, BY_GAIN]):
-        raise RecipeError(f"pattern {units.name!r} knows the allocations {', '.join(known)}; got {recipe.allocation!r}")
-    if recipe.allocation == BY_GAIN and recipe.budget is None:
-        raise RecipeError(f"allocation {BY_GAIN!r} weighs scores against what a budget saves: give a budget, not a sparsity")
     if recipe.solver != "keep":
         raise RecipeError(
             f"pattern {units.name!r} cuts units out; solver {recipe.solver!r} repairs masked weights. Leave it out."
         )
+    if units.whole_blocks:
+        repair = None if recipe.repair == "none" else recipe.repair
+        for key, value in (("allocation", recipe.allocation), ("budget", recipe.budget), ("repair", repair)):
+            if value is not None:
+                raise RecipeError(
+                    f"pattern 'layer' takes whole blocks out: {key}={value!r} has no meaning there. Leave it out."
+                )
+        return None if recipe.sparsity is None else check_sparsity(recipe.sparsity)
+    if recipe.allocation is not None and recipe.allocation not in (known := [*ALLOCATIONS, BY_CURVES, BY_GAIN]):
+        raise RecipeError(f"pattern {units.name!r} knows the allocations {', '.join(known)}; got {recipe.allocation!r}")
+    if recipe.allocation == BY_GAIN and recipe.budget is None:
+        raise RecipeError(f"allocation {BY_GAIN!r} weighs scores against what a budget saves: give a budget, not a sparsity")
     if recipe.steps > 1:
         raise RecipeError(
             f"pattern {units.name!r} is cut in one step, steps={recipe.steps}. Prune the result again to go further."
@@ -227,7 +250,8 @@ def _check(recipe: Recipe, units: Units) -> float | None:
     return None if recipe.sparsity is None else check_sparsity(recipe.sparsity)
 
 
-def _groups(graph: Graph, recipe: Recipe, units: Units) -> list[Group]:
+def units_to_cut(graph: Graph, recipe: Recipe, units: Units) -> list[Group]:
+    """The groups of units that a recipe cuts. Raises LayerError where there are none, and says why."""
     groups = choose_groups(graph, units.kinds, recipe.ignore)
     if recipe.layers is not None:
         wanted = recipe.layers

@@ -333,6 +333,11 @@ class Plan:
     budget: Budget | None = None  #: where one was given
 
     @property
+    def structural(self) -> bool:
+        """Whether the model that it makes has other tensors than the original: something is cut out, not masked."""
+        return bool(self.cuts or self.dropped)
+
+    @property
     def sparsity(self) -> float:
         """Fraction removed, over the layers of the plan."""
         total = sum(p.parameters for p in self.layers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from secateur.criteria import CRITERIA, UNIT_CRITERIA
 from secateur.data.batches import Batch, Batches, Loss
 from secateur.errors import LayerError, NonFiniteError, RecipeError, UnknownName
-from secateur.graph import Group, Member, combined, normalized, unit_scores
+from secateur.graph import Graph, Group, Member, combined, normalized, unit_scores
 from secateur.layers import CONVOLUTIONS, Layer, find_layers, non_finite_message
 from secateur.patterns import Units
 from secateur.recipe import Recipe
@@ -20,7 +21,7 @@ from secateur.registry import Entry, bind, name_of
 from secateur.stats import collect
 from secateur.stats.activity import Part, Site, activity
 from secateur.stats.guard import listed
-from secateur.types import UnitStats
+from secateur.types import LayerStats, UnitStats
 
 _WHERE = {
     "outputs": "the weights that make them",
@@ -69,8 +70,11 @@ def score_units(
     batches: Batches | None,
     loss: Loss | None,
     example: Batch,
+    stats: Mapping[str, LayerStats] | None = None,
 ) -> Scored:
     """Score the units of `groups` by the recipe's criterion. Groups that it cannot see are left alone, and a note names them.
+
+    `stats` of the weights are collected from `batches` where they are not given.
 
     Raises LayerError where none can be scored, and NonFiniteError for scores that are NaN or infinite.
     """
@@ -79,7 +83,7 @@ def score_units(
         scores, notes = _by_units(model, groups, recipe, units, batches, loss)
         missing = f"{_WHERE[entry.facts['on']]}, which criterion {entry.name!r} looks at"
     else:
-        scores, notes = _by_elements(model, groups, recipe, units, batches, loss, example)
+        scores, notes = _by_elements(model, groups, recipe, units, batches, loss, example, stats)
         missing = f"weights of linear, convolution or recurrent layers, which criterion {entry.name!r} looks at"
     seen = [g for g in groups if g.id in scores]
     seen = [g for g in seen if all(tie in scores for tie in g.ties)]
@@ -94,6 +98,42 @@ def score_units(
     return Scored(seen, {g.id: normalized(scores[g.id], units.normalize) for g in seen}, notes)
 
 
+def forced_units(model: nn.Module, groups: Iterable[Group], force: Sequence[str]) -> dict[int, list[int]]:
+    """The units that ``layer[3,5]`` name, by group: those of the layer's outputs 3 and 5.
+
+    Raises RecipeError for what does not read so, and UnknownName for a layer of whose outputs nothing can be cut.
+    """
+    layers = find_layers(model)[0]
+    makers = {
+        m.tensor: (g, m) for g in groups for m in g.members if m.tensor in layers and m.dim == _dim(layers[m.tensor], 0)
+    }  # fmt: skip
+    named = {alias: found for name, found in makers.items() for alias in (name, name.rpartition(".")[0])}
+    forced: dict[int, list[int]] = {}
+    for text in force:
+        match = re.fullmatch(r"(.+)\[(\d+(?:,\d+)*)\]", text)
+        if match is None:
+            raise RecipeError(f"force={text!r}: units are named by a layer and its outputs, as in 'layer1.0.conv1[3,5]'")
+        if match[1] not in named:
+            raise UnknownName("layer", match[1], named)
+        group, member = named[match[1]]
+        unit_of = dict(zip(member.indices.tolist(), member.units.tolist(), strict=True))
+        for index in map(int, match[2].split(",")):
+            if index not in unit_of:
+                raise RecipeError(
+                    f"force={text!r}: output {index} of {match[1]!r} cannot be cut; there are {len(unit_of)} that can"
+                )
+            forced.setdefault(group.id, []).append(unit_of[index])
+    return forced
+
+
+def check_forced(graph: Graph, forced: Mapping[int, Sequence[int]], removed: Mapping[int, Sequence[int]]) -> None:
+    """Raise RecipeError where units that have to go are not among those that are removed."""
+    for group, units in forced.items():
+        if not set(units) <= set(removed.get(group, ())):
+            name = graph.groups[group].name
+            raise RecipeError(f"force names {len(units)} units of {name!r}, of which fewer go. Raise the sparsity.")
+
+
 def _by_elements(
     model: nn.Module,
     groups: Iterable[Group],
@@ -102,17 +142,21 @@ def _by_elements(
     batches: Batches | None,
     loss: Loss | None,
     example: Batch,
+    stats: Mapping[str, LayerStats] | None,
 ) -> tuple[dict[int, Tensor], tuple[str, ...]]:
     """The criterion's saliency of every weight that belongs to a group, folded into units."""
     name, score = bind(CRITERIA, recipe.criterion)
     members = {m.tensor for g in groups for m in g.members}
     layers = {n: layer for n, layer in find_layers(model)[0].items() if n in members}
-    needs = CRITERIA[name].facts["needs"]
-    found = collect(model, layers, needs, batches=batches, loss=loss, seed=recipe.seed, example=example)
-    saliency = {n: score(stats) for n, stats in found.layers.items()}
+    notes: tuple[str, ...] = ()
+    if stats is None:
+        needs = CRITERIA[name].facts["needs"]
+        found = collect(model, layers, needs, batches=batches, loss=loss, seed=recipe.seed, example=example)
+        stats, notes = found.layers, found.notes
+    saliency = {n: score(stats[n]) for n in layers}
     how = recipe.reduction or ("abs_sum" if CRITERIA[name].facts["reduction"] == "abs_sum" else "mean")
     known = [g for g in groups if any(m.tensor in saliency for m in g.members)]
-    return unit_scores(model, known, saliency, how, units.combine), found.notes  # type: ignore[arg-type]
+    return unit_scores(model, known, saliency, how, units.combine), notes  # type: ignore[arg-type]
 
 
 def _by_units(

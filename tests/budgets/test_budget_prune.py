@@ -114,3 +114,12 @@ def test_milliseconds_are_chosen_by_gain_and_reported_with_their_spread(model, e
     assert outcome.low <= outcome.achieved <= outcome.high
     assert not result.plan.cuts
     assert any("quartiles" in note for note in result.report.notes)
+
+
+def test_units_that_are_forced_go_under_a_budget_and_do_not_come_back(model, example):
+    for allocation in ("uniform", "global", "gain"):
+        keys = {"pattern": "channel", "allocation": allocation, "force": ("0[2,5]",), "example": example}
+        plan = sc.plan(model, budget="60% MACs", **keys)
+        kept = next(c.kept for c in plan.cuts if (c.tensor, c.dim) == ("0.weight", 0))
+        assert not {2, 5} & set(kept)
+        assert plan.budget.promised <= plan.budget.limit

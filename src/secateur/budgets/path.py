@@ -94,7 +94,10 @@ def shortest(steps: Sequence[Step], cost: Callable[[Mapping[int, int]], float], 
 
 
 def refill(taken: Sequence[Step], cost: Cost, kept: Mapping[int, int], limit: float) -> dict[int, int]:
-    """Take steps back, the last ones first, as far as the limit allows; afterwards not one more can be taken back."""
+    """Take steps back, the last ones first, as far as the limit allows; afterwards not one more can be taken back.
+
+    Units of score -inf were forced to go, and stay away.
+    """
     now, left = dict(kept), limit - cost(kept)
     stuck: set[int] = set()
     for step in reversed(taken):
@@ -102,7 +105,7 @@ def refill(taken: Sequence[Step], cost: Cost, kept: Mapping[int, int], limit: fl
             continue
         back = step.of.keeping(step.before)
         more = cost.change(now, back)
-        if more <= left:
+        if more <= left and step.score > -float("inf"):
             now.update(back)
             left -= more
         else:

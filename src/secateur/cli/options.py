@@ -106,7 +106,7 @@ Pattern = Annotated[
     typer.Option(
         "--pattern",
         "-p",
-        help="What goes together: element (default), row, neuron, 2:4, 4x1; channel, ffn, head, head_dim, width are cut out."
+        help="What goes together: element (default), row, neuron, 2:4, 4x1; cut out channel, ffn, head, head_dim, width, layer."
         " Options follow a '?': 'channel?round_to=8&combine=first&normalize=mean'.",
         show_default=False,
         rich_help_panel=METHOD,
@@ -155,6 +155,15 @@ Ignore = Annotated[
     list[str] | None,
     typer.Option("--ignore", help="Not these layers. May be repeated.", show_default=False, rich_help_panel=METHOD),
 ]
+Force = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--force",
+        help="Of units that are cut out: what has to go, a block's name or a layer's outputs, 'conv1[3,5]'. May be repeated.",
+        show_default=False,
+        rich_help_panel=METHOD,
+    ),
+]
 Seed = Annotated[
     int | None, typer.Option("--seed", min=0, help="Seed of everything random.", show_default=False, rich_help_panel=METHOD)
 ]
@@ -170,6 +179,26 @@ Repair = Annotated[
         "--repair",
         help="Of channels and other units cut out, how the layers after them make up for it on --data: none (default), bias,"
         " least-squares.",
+        show_default=False,
+        rich_help_panel=METHOD,
+    ),
+]
+SlimmingEpochs = Annotated[
+    int | None,
+    typer.Option(
+        "--slimming",
+        min=1,
+        help="Of units that are cut out: first train for so many epochs with sparse BatchNorm scales (-c bn_scale -a global).",
+        show_default=False,
+        rich_help_panel=METHOD,
+    ),
+]
+SlimmingStrength = Annotated[
+    float | None,
+    typer.Option(
+        "--slimming-strength",
+        min=0.0,
+        help="Weight of the sum of the absolute scales in the loss (default 0.0001).",
         show_default=False,
         rich_help_panel=METHOD,
     ),

@@ -24,6 +24,7 @@ def command(
     reduction: o.Reduction = None,
     layers: o.Layers = None,
     ignore: o.Ignore = None,
+    force: o.Force = None,
     seed: o.Seed = None,
     data: o.Data = None,
     batch_size: o.BatchSize = 32,
@@ -45,7 +46,7 @@ def command(
 
     wanted = recipe_of(
         recipe, sparsity=sparsity, budget=budget, criterion=criterion, pattern=pattern, allocation=allocation,
-        reduction=reduction, layers=layers, ignore=ignore, seed=seed,
+        reduction=reduction, layers=layers, ignore=ignore, force=force, seed=seed,
     )  # fmt: skip
     import secateur as sc
 

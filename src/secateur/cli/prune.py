@@ -33,9 +33,12 @@ def command(
     steps: o.Steps = None,
     layers: o.Layers = None,
     ignore: o.Ignore = None,
+    force: o.Force = None,
     seed: o.Seed = None,
     repair: o.Repair = None,
     reestimate_norms: o.ReestimateNorms = False,
+    slimming: o.SlimmingEpochs = None,
+    slimming_strength: o.SlimmingStrength = None,
     finetune: o.FineTuneEpochs = None,
     lr: o.LearningRate = None,
     optimizer: o.Optimizer = None,
@@ -61,7 +64,8 @@ def command(
 
     common = recipe_of(
         recipe, pattern=pattern, allocation=allocation, reduction=reduction, schedule=schedule, steps=steps, layers=layers,
-        ignore=ignore, seed=seed, repair=repair, reestimate_norms=reestimate_norms, finetune=finetune, lr=lr,
+        ignore=ignore, force=force, seed=seed, repair=repair, reestimate_norms=reestimate_norms,
+        slimming=slimming, slimming_strength=slimming_strength, finetune=finetune, lr=lr,
         optimizer=optimizer,
     )  # fmt: skip
     criteria = [piece(c) for c in listed(criterion)]

@@ -12,7 +12,14 @@ if TYPE_CHECKING:
 
 
 def recipe_of(
-    file: Path | None, *, finetune: int | None = None, lr: float | None = None, optimizer: str | None = None, **changes: Any
+    file: Path | None,
+    *,
+    finetune: int | None = None,
+    lr: float | None = None,
+    optimizer: str | None = None,
+    slimming: int | None = None,
+    slimming_strength: float | None = None,
+    **changes: Any,
 ) -> Recipe:
     """The recipe in `file`, if any, with the options that were given laid over it."""
     from secateur.recipe import Recipe
@@ -24,6 +31,9 @@ def recipe_of(
         if finetune is None and base.finetune is None:
             raise RecipeError("--lr and --optimizer are for fine-tuning: give --finetune EPOCHS too")
         given["finetune"] = {**(base.finetune.model_dump(exclude_unset=True) if base.finetune else {}), **tuning}
+    slim = {k: v for k, v in (("epochs", slimming), ("strength", slimming_strength)) if v is not None}
+    if slim:
+        given["slimming"] = {**(base.slimming.model_dump(exclude_unset=True) if base.slimming else {}), **slim}
     return Recipe.make(base, **given)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from secateur.criteria import (
     activation,
+    blocks,
     bn_scale,
     fpgm,
     gates,
@@ -22,5 +23,5 @@ from secateur.criteria.registry import CRITERIA, UNIT_CRITERIA, Criterion, crite
 
 __all__ = ["CRITERIA", "UNIT_CRITERIA", "Criterion", "criterion", "unit_criterion"]
 _BUILT_IN = (  # importing one registers it
-    activation, bn_scale, fpgm, gates, grasp, lamp, magnitude, movement, obd, random, snip, synflow, taylor, wanda,
+    activation, blocks, bn_scale, fpgm, gates, grasp, lamp, magnitude, movement, obd, random, snip, synflow, taylor, wanda,
 )  # fmt: skip

@@ -215,7 +215,7 @@ def _first_source(source: str | None) -> str | None:
         return source
     with Artifact(directory) as artifact:
         plan = artifact.plan
-        return source if plan is not None and plan.cuts else artifact.manifest.source
+        return source if plan is not None and plan.structural else artifact.manifest.source
 
 
 def _built(artifact: Artifact) -> nn.Module:
@@ -252,7 +252,7 @@ def _filler(artifact: Artifact, model: nn.Module) -> Filler:
         return Filler(model, entries, aliases)
     except ShapeMismatch as error:
         plan = artifact.plan
-        if plan is None or not plan.cuts:
+        if plan is None or not plan.structural:
             raise
         return Filler(_recut(artifact, model, plan, error), entries, aliases)
 
@@ -265,6 +265,7 @@ def _recut(artifact: Artifact, model: nn.Module, plan: Plan, mismatch: ShapeMism
         return recut(model, plan)
     except (ModelError, AttributeError, TypeError, IndexError, ValueError, RuntimeError) as error:
         raise ArtifactError(
-            f"{artifact.path} holds a model from which {len(plan.cuts)} slices were cut, and the cuts do not fit this one: "
+            f"{artifact.path} holds a model from which {len(plan.cuts)} slices and {len(plan.dropped)} blocks were cut, and "
+            "the cuts do not fit this one: "
             f"{mismatch} {error}"
         ) from error

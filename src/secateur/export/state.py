@@ -115,7 +115,7 @@ class Filler:
         missing = [n for n, s in self._slots.items() if n not in stored and s.kind != "transient"]
         unexpected = [n for n, kind in stored.items() if n not in self._slots and kind != "transient"]
         if missing or unexpected:
-            raise ArtifactError(
+            raise ShapeMismatch(
                 "the artifact was saved from another model."
                 + (f" The model has, and the artifact lacks: {_some(missing)}." if missing else "")
                 + (f" The artifact has, and the model lacks: {_some(unexpected)}." if unexpected else "")
@@ -142,7 +142,7 @@ class Filler:
 
 
 class ShapeMismatch(ArtifactError):
-    """The stored tensors have other shapes than the model's: it was cut, or it is another model."""
+    """The stored tensors have other names or shapes than the model's: it was cut, or it is another model."""
 
 
 def _filled(target: Tensor, value: Tensor) -> Tensor:

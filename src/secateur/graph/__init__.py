@@ -1,6 +1,14 @@
 """Structural pruning: trace, couple, cut. Which slices live or die together, and removing them for real."""
 
-from secateur.graph.blocks import block_importance, drop_blocks, plan_without, removable_blocks
+from secateur.graph.blocks import (
+    Residual,
+    block_importance,
+    bypass_difference,
+    bypassing,
+    drop_blocks,
+    plan_without,
+    removable_blocks,
+)
 from secateur.graph.choose import kept_counts, lowest, select
 from secateur.graph.config import fit_config
 from secateur.graph.cut import cut, recut
@@ -15,7 +23,10 @@ __all__ = [
     "Graph",
     "Group",
     "Member",
+    "Residual",
     "block_importance",
+    "bypass_difference",
+    "bypassing",
     "choose_groups",
     "combined",
     "cut",

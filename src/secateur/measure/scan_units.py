@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from secateur.data.batches import Batch, Batches, Loss
+from secateur.errors import RecipeError
 from secateur.graph import cut, kept_counts, lowest, make_plan
 from secateur.graph.choose import Competitor, competitors, named
 from secateur.measure.cache import fingerprint
@@ -22,6 +23,8 @@ def units_to_scan(
     model: nn.Module, units: Units, *, batches: Batches | None, loss: Loss | None, example: Batch | None, **keys: Any
 ) -> dict[str, Subject]:
     """Every group of units that `sc.prune` would cut, by name; groups that are tied are one."""
+    if units.whole_blocks:
+        raise RecipeError(f"pattern {units.name!r} takes whole blocks out, of which there are no fractions to scan")
     keys = {**keys, "ignore": tuple(keys["ignore"]), "layers": None if keys["layers"] is None else tuple(keys["layers"])}
     recipe = Recipe.make({"sparsity": 0.5, **{k: v for k, v in keys.items() if v is not None}})
     job = prepare_units(model, recipe, units, data=batches, train=None, loss=loss, example=example)

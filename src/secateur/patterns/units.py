@@ -30,6 +30,11 @@ class Units:
     combine: str = "together"
     normalize: str = "none"
 
+    @property
+    def whole_blocks(self) -> bool:
+        """Whether the units are whole blocks, which are taken out and not cut."""
+        return self.kinds == ("layer",)
+
     def __post_init__(self) -> None:
         for what, value in (("round_to", self.round_to), ("min_width", self.min_width)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -65,3 +70,11 @@ def head_dim(*, round_to: int = 1, min_width: int = 1, combine: str = "together"
 def width(*, round_to: int = 1, min_width: int = 1, combine: str = "together", normalize: str = "none") -> Units:
     """Features of the residual stream, through the whole network."""
     return Units("width", ("width",), round_to, min_width, combine, normalize)
+
+
+def layer() -> Units:
+    """Whole residual or transformer blocks, taken out: their input goes straight to the next. The fraction is of blocks.
+
+    `criterion` is ``block_cosine`` or ``block_loss``, or one of weights, of which a block's are folded into one score.
+    """
+    return Units("layer", ("layer",))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from secateur.progress import track
 from secateur.train.hold import hold
 from secateur.train.interrupt import polite_interrupt
 from secateur.train.loop import Epoch, Loop, Rate, undisturbed
+from secateur.train.slimming import slimming_penalty
 from secateur.types import MaskSet
 
 OPTIMIZERS: Mapping[str, Callable[..., torch.optim.Optimizer]] = {
@@ -53,9 +54,12 @@ def finetune(
     momentum: float = 0.9,
     warmup: float = 0.0,
     clip: float | None = None,
+    slimming: float = 0.0,
     loss: Loss | None = None,
     evaluate: Evaluate | None = None,
-    on_epoch: Callable[[Epoch], None] | None = None,
+    on_epoch: Callable[[Epoch], None] | Sequence[Callable[[Epoch], None]] = (),
+    patience: int | None = None,
+    keep_best: bool = False,
     seed: int = 0,
     checkpoint: str | Path | None = None,
 ) -> History:
@@ -73,9 +77,13 @@ def finetune(
         momentum: of SGD.
         warmup: share of the steps during which the learning rate rises linearly.
         clip: highest l2 norm of all gradients together.
+        slimming: strength of an L1 penalty on the scales of BatchNorm (Network Slimming), added to the loss.
         loss: ``loss(model, batch) -> scalar``; the model's own or cross-entropy by default.
         evaluate: ``evaluate(model) -> float`` or a dict of floats, run after each epoch and recorded.
-        on_epoch: called with each finished epoch.
+        on_epoch: called with each finished epoch; one function or several, such as `secateur.train.logs.jsonl`.
+        patience: end early, after so many epochs in which the first number of `evaluate` became no better.
+        keep_best: leave the model as it was after the epoch in which that number was best. Judge by data that is held out
+            for it and not by the test data, which would then no longer say how good the model is.
         seed: of dropout and of the batches' order. The user's own random state is as before afterwards.
         checkpoint: a file in which the state is saved after each epoch, every minute and on Ctrl-C. Where it exists
             already, training goes on from it, and ends in the same bits as if it had never stopped. It is left there.
@@ -89,7 +97,11 @@ def finetune(
 
         history = finetune(result.model, batches, masks=result.masks, epochs=3, lr=1e-3)
     """
-    _check_numbers(epochs, steps, lr, weight_decay, momentum, warmup, clip)
+    _check_numbers(epochs, steps, lr, weight_decay, momentum, warmup, clip, slimming)
+    if evaluate is None and (patience is not None or keep_best):
+        raise RecipeError("fine-tuning: patience and keep_best need evaluate=, by which an epoch is judged")
+    if patience is not None and patience < 1:
+        raise RecipeError(f"fine-tuning: patience must be at least 1 epoch, got {patience!r}")
     if optimizer not in OPTIMIZERS:
         raise UnknownName("optimizer", optimizer, OPTIMIZERS)
     trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
@@ -106,10 +118,13 @@ def finetune(
         "momentum": momentum,
         "warmup": warmup,
         "clip": clip,
+        "slimming": slimming,
         "seed": seed,
         "steps": rate.steps,
         "batches": length,
         "masks": _digest(masks),
+        "patience": patience,
+        "keep_best": keep_best,
     }
     made = OPTIMIZERS[optimizer](trained, lr, weight_decay, momentum)
     masks.apply(model)
@@ -123,12 +138,14 @@ def finetune(
             data=data,
             length=length,
             rate=rate,
-            loss=loss or default_loss,
+            loss=_slimmed(loss or default_loss, slimming),
             seed=seed,
             settings=settings,
             clip=clip,
             evaluate=evaluate,
-            on_epoch=on_epoch,
+            on_epoch=[on_epoch] if callable(on_epoch) else list(on_epoch),
+            patience=patience,
+            keep_best=keep_best,
             path=None if checkpoint is None else Path(checkpoint),
         )
         loop.run(stop)
@@ -136,7 +153,14 @@ def finetune(
 
 
 def _check_numbers(
-    epochs: int, steps: int | None, lr: float, weight_decay: float, momentum: float, warmup: float, clip: float | None
+    epochs: int,
+    steps: int | None,
+    lr: float,
+    weight_decay: float,
+    momentum: float,
+    warmup: float,
+    clip: float | None,
+    slimming: float,
 ) -> None:
     ranges = {
         "epochs": (epochs, epochs >= 1, "at least 1"),
@@ -146,10 +170,16 @@ def _check_numbers(
         "momentum": (momentum, 0 <= momentum < 1, "in [0, 1)"),
         "warmup": (warmup, 0 <= warmup < 1, "a share of the steps in [0, 1)"),
         "clip": (clip, clip is None or clip > 0, "above 0, or None"),
+        "slimming": (slimming, math.isfinite(slimming) and slimming >= 0, "0 or more"),
     }
     for name, (value, fits, allowed) in ranges.items():
         if not fits:
             raise RecipeError(f"fine-tuning: {name} must be {allowed}, got {value!r}")
+
+
+def _slimmed(loss: Loss, strength: float) -> Loss:
+    """`loss`, with the penalty on BatchNorm scales where there is one."""
+    return (lambda model, batch: loss(model, batch) + slimming_penalty(model, strength)) if strength else loss
 
 
 def _count(data: Batches) -> int:

@@ -7,22 +7,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from secateur.data.batches import Batch
 from secateur.errors import RecipeError, TrainingError
+from secateur.patterns import Units, make_pattern
 from secateur.recipe import Recipe
 from secateur.schedules import make_schedule
-from secateur.selection import Method, prunable, resolve, target_sparsity
 from secateur.sharded import whole
 from secateur.stats.collect import layer_seed
 from secateur.train.hold import Held, hold, innermost, unwrapped
 from secateur.train.loop import mixed
-from secateur.train.regrow import REGROW, Choice, make_regrow
 from secateur.train.running import Running
 from secateur.train.shadow import Shadow
-from secateur.types import LayerStats, MaskSet
+from secateur.train.subjects import CutUnits, Subject, Weights
+from secateur.types import LayerStats, MaskSet, Plan, Schedule
 
 log = logging.getLogger("secateur")
 
@@ -35,6 +35,7 @@ def gradual(
     end: int,
     begin: int = 0,
     every: int = 1,
+    example: Batch | None = None,
     **changes: Any,
 ) -> Gradual:
     """Prune `model` step by step while the user's own loop trains it (Zhu and Gupta 2017).
@@ -51,6 +52,8 @@ def gradual(
         begin: step at which pruning begins, at progress 0 of the schedule.
         every: steps between two choices; weights need some to recover, 100 in large trainings.
         recipe: a `Recipe`, a mapping, or the path of a TOML or JSON file. Its schedule is cubic where it names none.
+        example: of patterns that cut units, a batch to follow through the model. Such units are masked, with all that
+            depends on them, and `Gradual.cut` takes them out at the end.
         changes: any key of the recipe, laid over it: ``sparsity=0.9, criterion="taylor", ignore=["head"], ...``. The criterion
             is of weights, or of what the backward passes give on the way: gradients and their squares, averaged over the
             steps since the last choice, and movement.
@@ -74,15 +77,13 @@ def gradual(
         raise RecipeError(
             f"gradual pruning happens in a training loop of yours: {', '.join(unused)} belong to sc.prune. Leave them out."
         )
-    method = resolve(
-        criterion=wanted.criterion, pattern=wanted.pattern, allocation=wanted.allocation, reduction=wanted.reduction
+    schedule = make_schedule(wanted.schedule if "schedule" in wanted.model_fields_set else "cubic")
+    units = make_pattern(wanted.pattern)
+    module = unwrapped(model)
+    subject: Subject = (
+        CutUnits(module, wanted, units, example) if isinstance(units, Units) else Weights(module, wanted, schedule)
     )
-    if beyond := sorted(need.value for need in method.needs if not need.training):
-        raise RecipeError(
-            f"criterion {method.criterion_name!r} needs {', '.join(beyond)}, which a training step does not give. "
-            "Choose one of weights or gradients for gradual pruning, or use sc.prune with several steps."
-        )
-    return Gradual(unwrapped(model), innermost(optimizer), method, wanted, (begin, end, every))
+    return Gradual(module, innermost(optimizer), subject, wanted, schedule, (begin, end, every))
 
 
 class Gradual:
@@ -91,36 +92,43 @@ class Gradual:
     To go on with a stopped one, make it with the same arguments, call `load_state_dict`, and enter it.
     """
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer, method: Method, recipe: Recipe, steps: tuple[int, int, int]):
-        self._model, self._optimizer, self._method, self._seed = model, optimizer, method, recipe.seed
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        subject: Subject,
+        recipe: Recipe,
+        schedule: Schedule,
+        steps: tuple[int, int, int],
+    ):
+        self._model, self._optimizer, self._subject, self._recipe = model, optimizer, subject, recipe
+        self._schedule = schedule
         self._begin, self._end, self._every = steps
-        target = self._target = target_sparsity(recipe.sparsity, method.pattern)
-        schedule = recipe.schedule if "schedule" in recipe.model_fields_set else "cubic"
-        self._schedule = make_schedule(schedule)
-        if method.pattern.sparsity is not None and self._schedule(0.0, target) != target:
-            raise RecipeError(
-                f"pattern {method.pattern.name} has one sparsity and nothing in between, so it cannot grow along schedule "
-                f"{schedule!r}. Use a schedule that prunes at once, at begin."
-            )
-        self._layers, _ = prunable(model, method.pattern, layers=recipe.layers, ignore=recipe.ignore)
-        self._masks = MaskSet({n: _all_kept(layer.parameter) for n, layer in self._layers.items()})
         self._step = 0
         self._held: Held | None = None
         self._full: dict[str, Tensor] = {}
-        self._regrow_name, self._regrow = make_regrow(recipe.regrow)
-        self._facts = REGROW[self._regrow_name].facts
-        needs = method.needs | self._facts["needs"]
-        self._running = Running(self._layers, needs, self._value, lambda: self._due(self._step + 1))
+        self._running = Running(subject.layers, subject.needs, self._value, lambda: self._due(self._step + 1))
 
     @property
     def masks(self) -> MaskSet:
-        """The masks in force: of weights, and of biases where the pattern removes whole outputs. All kept at first."""
-        return self._masks
+        """The masks in force: of weights, and of all that goes with removed outputs and units."""
+        return self._subject.masks
 
     @property
     def sparsity(self) -> float:
-        """Fraction of the weights removed so far, over the layers that are pruned."""
-        return MaskSet({name: self._masks[name] for name in self._layers}).sparsity()
+        """Fraction of the weights removed so far, over the layers that are pruned; of the units, where units are."""
+        return self._subject.sparsity()
+
+    def cut(self) -> tuple[nn.Module, Plan]:
+        """Of patterns that cut units: a smaller model without the units removed so far, and the plan for `sc.save`.
+
+        The trained model stays as it is, masked. To go on with the smaller one, make a new optimizer for it.
+
+        Raises RecipeError for patterns of weights, ModelError where the smaller model is not what the masked one is.
+        """
+        if not isinstance(self._subject, CutUnits):
+            raise RecipeError(f"pattern {self._recipe.pattern!r} has masks, and no units that could be cut out")
+        return self._subject.cut()
 
     def step(self) -> None:
         """Count one step of the optimizer, and choose new masks where one is due.
@@ -138,32 +146,33 @@ class Gradual:
         """Numbers and tensors from which `load_state_dict` goes on; save it with the model's and the optimizer's."""
         full = self._held.full if isinstance(self._held, Shadow) else self._full
         running = self._running.state_dict()
-        return {"step": self._step, **self._plan(), "masks": dict(self._masks), "full": dict(full), "running": running}
+        made = {"layers": self._subject.names(), "masks": dict(self.masks), "full": dict(full), "running": running}
+        return {"step": self._step, **self._plan(), **made, **self._subject.state()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state. Raises TrainingError where it is of another schedule or of other layers."""
         changed = [f"{key} was {state.get(key)}, is {now}" for key, now in self._plan().items() if state.get(key) != now]
         if changed:
             raise TrainingError(f"this state is of another gradual pruning: {'; '.join(changed)}. Use its settings to go on.")
-        biases = {layer.bias for layer in self._layers.values()}
-        if other := set(state["masks"]) - biases ^ set(self._layers):
-            raise TrainingError(f"this state is of other layers: {', '.join(sorted(other))} are in one and not in the other")
         self._step = int(state["step"])
-        self._masks, self._full = MaskSet(state["masks"]), dict(state["full"])
+        if other := set(state["layers"]) ^ set(self._subject.names()):
+            raise TrainingError(f"this state is of other layers: {', '.join(sorted(other))} are in one and not in the other")
+        self._subject.restore(state["masks"], state)
+        self._full = dict(state["full"])
         self._running.load_state_dict(state["running"])
         if isinstance(self._held, Shadow):
-            self._held.restore(self._masks, self._full)
+            self._held.restore(self.masks, self._full)
         elif self._held is not None:
-            self._held.update(self._masks)
+            self._held.update(self.masks)
 
     def __enter__(self) -> Gradual:
-        if self._facts["removed"] == "zero" or self._step >= self._end:
-            self._held = hold(self._optimizer, self._masks, self._model)
+        if self._subject.removed == "zero" or self._step >= self._end:
+            self._held = hold(self._optimizer, self.masks, self._model)
         else:
-            trained = self._facts["removed"] == "trained"
-            self._held = Shadow(self._optimizer, self._masks, self._model, trained=trained, full=self._full)
+            trained = self._subject.removed == "trained"
+            self._held = Shadow(self._optimizer, self.masks, self._model, trained=trained, full=self._full)
         self._watching = self._running.watch(self._optimizer)
-        if self._step == 0 == self._begin and self._schedule(0.0, self._target) > 0.0:
+        if self._step == 0 == self._begin and self._schedule(0.0, self._subject.target) > 0.0:
             self._choose()
         return self
 
@@ -179,12 +188,13 @@ class Gradual:
                 self._step,
                 self._end,
                 self.sparsity,
-                self._target,
+                self._subject.target,
             )
 
     def _plan(self) -> dict[str, Any]:
         steps = {"begin": self._begin, "end": self._end, "every": self._every}
-        return {"sparsity": self._target, **steps, "regrow": self._regrow_name}
+        pieces = {key: getattr(self._recipe, key) for key in ("criterion", "pattern", "allocation", "regrow")}
+        return {"sparsity": self._subject.target, **steps, **pieces}
 
     def _due(self, step: int) -> bool:
         """Whether masks are chosen after step number `step`, from 1."""
@@ -195,20 +205,17 @@ class Gradual:
         """All weights of a parameter, removed ones too where they are not lost."""
         if isinstance(self._held, Shadow):
             return self._held.value(name)
-        return self._layers[name].parameter.detach()
+        return self._subject.layers[name].parameter.detach()
 
     def _choose(self) -> None:
         """New masks for the sparsity that the schedule wants now."""
         progress = (self._step - self._begin) / (self._end - self._begin)
-        sparsity = self._schedule(progress, self._target)
+        sparsity = self._schedule(progress, self._subject.target)
         if sparsity == 0.0:
             return
-        seed = mixed(self._seed, "choose", self._step)
-        choice = Choice(self._layers, self._stats(), self._method, sparsity, self._masks, progress, seed)
-        masks = self._regrow(choice)
+        masks = self._subject.choose(self._stats(), sparsity, progress, mixed(self._recipe.seed, "choose", self._step))
         assert self._held is not None
         self._held.update(masks)
-        self._masks = masks
         self._running.clear()
         if self._step == self._end and isinstance(self._held, Shadow):
             self._held.release()
@@ -216,16 +223,11 @@ class Gradual:
 
     def _stats(self) -> dict[str, LayerStats]:
         stats = {}
-        needed = self._method.needs | (self._facts["needs"] if not all(m.all() for m in self._masks.values()) else set())
-        for name, layer in self._layers.items():
+        for name, layer in self._subject.layers.items():
             weight = layer.canonical(whole(self._value(name))).float()
-            found: dict[str, Any] = self._running.take(name, layer, needed)
-            stats[name] = LayerStats(name, weight, seed=layer_seed(self._seed, name), **found)
+            found: dict[str, Any] = self._running.take(name, layer, self._subject.needed())
+            stats[name] = LayerStats(name, weight, seed=layer_seed(self._recipe.seed, name), **found)
         return stats
-
-
-def _all_kept(parameter: Tensor) -> Tensor:
-    return torch.ones(parameter.shape, dtype=torch.bool, device=parameter.device)
 
 
 def _check_steps(begin: int, end: int, every: int) -> None:

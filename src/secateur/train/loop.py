@@ -6,7 +6,7 @@ import hashlib
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,7 +17,7 @@ from torch import Generator, Tensor, nn
 
 from secateur.data.batches import Batch, Batches, Loss
 from secateur.errors import DataError, Interrupted, TrainingError
-from secateur.measure.quality import Evaluate, qualities
+from secateur.measure.quality import Evaluate, higher_is_better, qualities
 from secateur.progress import advance
 from secateur.train.checkpoint import load_state, save_state
 from secateur.train.distill import Distillation
@@ -74,12 +74,15 @@ class Loop:
     settings: Mapping[str, Any]
     clip: float | None = None
     evaluate: Evaluate | None = None
-    on_epoch: Callable[[Epoch], None] | None = None
+    on_epoch: Sequence[Callable[[Epoch], None]] = ()
+    patience: int | None = None  #: epochs without a better quality after which the training ends
+    keep_best: bool = False  #: whether the model ends as it was after the best epoch
     path: Path | None = None
     done: list[Epoch] = field(default_factory=list)
     step: int = 0  #: steps since the start
     position: int = 0  #: steps since the start of the epoch
     loss_sum: float = 0.0  #: over the epoch
+    best: dict[str, Any] = field(default_factory=dict)  #: the model's state after the best epoch, where it is kept
 
     def run(self, stop: Stop) -> None:
         """Train to the end, from the checkpoint where there is one."""
@@ -88,10 +91,12 @@ class Loop:
         self._good = self._snapshot()
         self._saved = time.monotonic()
         self._say()
-        while self.step < self.rate.steps:
+        while self.step < self.rate.steps and not self._gave_up():
             self._run_epoch(stop)
             self._finish_epoch()
             self._check_stop(stop)
+        if self.best:
+            self.model.load_state_dict(self.best)
 
     def _run_epoch(self, stop: Stop) -> None:
         epoch = len(self.done)
@@ -154,10 +159,24 @@ class Loop:
         self.done.append(Epoch(len(self.done) + 1, self.step, self.loss_sum / self.position, lr, quality))
         self.position, self.loss_sum = 0, 0.0
         self._good = self._snapshot()
+        if self.keep_best and self._best_epoch() == len(self.done):
+            self.best = self._good
         self._order = _state_of(self.data)
         self._save()
-        if self.on_epoch is not None:
-            self.on_epoch(self.done[-1])
+        for tell in self.on_epoch:
+            tell(self.done[-1])
+
+    def _best_epoch(self) -> int:
+        """Number of the epoch with the best quality, the first of equals; judged by the first number that evaluate gives."""
+        name = next(iter(self.done[0].quality))
+        sign = 1.0 if higher_is_better(name) else -1.0
+        return max(self.done, key=lambda epoch: (sign * epoch.quality[name], -epoch.epoch)).epoch
+
+    def _gave_up(self) -> bool:
+        if self.patience is None or not self.done or len(self.done) - self._best_epoch() < self.patience:
+            return False
+        log.info("no better quality in %d epochs: the training ends after epoch %d", self.patience, len(self.done))
+        return True
 
     def _say(self) -> None:
         note = ""
@@ -208,6 +227,7 @@ class Loop:
             "position": self.position,
             "loss_sum": self.loss_sum,
             "order": self._order,
+            "best": self.best,
         }
         save_state(self.path, state)
         self._saved = time.monotonic()
@@ -231,6 +251,7 @@ class Loop:
         self.held.apply()
         self.done = [Epoch(**epoch) for epoch in state["done"]]
         self.step, self.position, self.loss_sum = state["step"], state["position"], state["loss_sum"]
+        self.best = dict(state["best"])
         generator = getattr(self.data.source, "generator", None)
         if isinstance(generator, Generator) and state["order"] is not None:
             generator.set_state(state["order"])
