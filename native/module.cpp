@@ -37,7 +37,10 @@ const Kernels& kernels(const std::string& isa) {
 
 }  // namespace
 
+void bind_codec(nb::module_& m);  // codec_module.cpp
+
 NB_MODULE(_native, m) {
+    bind_codec(m);
     m.doc() = "Sparse CPU kernels. Addresses are those of contiguous float32 memory; the caller answers for their size.";
     m.def("kernels", [] { return std::string(available_kernels()); }, "Instruction sets that can run here, best first.");
     m.def(

@@ -25,8 +25,10 @@ _HOME = {
     "Report": "secateur.types",
     "Result": "secateur.types",
     "SecateurError": "secateur.errors",
+    "compress": "secateur.coding.compress",
     "criterion": "secateur.criteria",
     "deploy": "secateur.runtime.deploy",
+    "export": "secateur.export.targets",
     "finetune": "secateur.train.finetune",
     "gradual": "secateur.train.gradual",
     "hold": "secateur.train.hold",
@@ -42,11 +44,13 @@ _HOME = {
 }
 
 if TYPE_CHECKING:
+    from secateur.coding.compress import compress as compress
     from secateur.criteria import criterion as criterion
     from secateur.data import load_data as load_data
     from secateur.errors import SecateurError as SecateurError
     from secateur.export.artifact import load as load
     from secateur.export.artifact import save as save
+    from secateur.export.targets import export as export
     from secateur.measure.measure import measure as measure
     from secateur.measure.scan import scan as scan
     from secateur.models import load_model as load_model

@@ -61,6 +61,10 @@ class ArtifactError(SecateurError, ValueError):
     """An artifact directory that is missing, broken, hostile or in use."""
 
 
+class ExportError(SecateurError, ValueError):
+    """A model that a format cannot express, or whose exported form computes something else."""
+
+
 class TrainingError(SecateurError, ValueError):
     """Training that cannot start, go on, or be resumed."""
 

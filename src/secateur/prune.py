@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from secateur.budgets.masked import within_budget
+from secateur.coding.compress import Compressed, compress
 from secateur.data.batches import Batch, Loss
 from secateur.errors import RecipeError
 from secateur.export.artifact import check_target, save
@@ -108,7 +109,10 @@ def prune(
         job, budget = within_budget(job, model)
     job = replace(job, train_loss=_train_loss(model, wanted, loss, inplace))
     outcome = _carry_out(job, model, evaluate, before, progress, inplace)
+    outcome, compressed = _compressed(outcome, wanted, job)
     after = measure(outcome.model, job.example, evaluate=evaluate, latency=inplace)
+    if compressed is not None:
+        after = replace(after, bytes_disk=compressed.bytes)
     if not inplace:
         before, after = _timed_side_by_side(model, outcome.model, job.example, before, after)
     report = _report(job, outcome, original, before, after, time.monotonic() - started)
@@ -116,7 +120,7 @@ def prune(
     report = replace(report, sensitivity=tuple(sensitivity), budget=budget, notes=(*report.notes, *_budget_note(budget)))
     result = Result(outcome.model, outcome.masks, outcome.plan, report)
     if out is not None:
-        _save(result, wanted, out, overwrite, source)
+        _save(result, wanted, out, overwrite, source, compressed)
     if progress is not None:
         progress.clear()
     return result
@@ -261,6 +265,17 @@ def _repair(job: Job | UnitJob, model: nn.Module, step: int, masks: MaskSet | No
         finetune(model, job.train, masks=masks, loss=loss, seed=job.recipe.seed + step, checkpoint=checkpoint, **settings)
 
 
+def _compressed(outcome: _Outcome, recipe: Recipe, job: Job | UnitJob) -> tuple[_Outcome, Compressed | None]:
+    """The pruned model with few bits for each weight, where the recipe asks for it. What rounds to zero is removed too."""
+    if recipe.compress is None:
+        return outcome, None
+    settings = recipe.compress.model_dump()
+    found = compress(outcome.model, inplace=True, data=job.batches, seed=recipe.seed, **settings)
+    left = dict(found.model.named_parameters(remove_duplicate=False))
+    masks = {n: m & (left[n] != 0) if n in left and left[n].shape == m.shape else m for n, m in outcome.masks.items()}
+    return replace(outcome, model=found.model, masks=MaskSet(masks)), found
+
+
 def _point(job: Job | UnitJob, sparsity: float, quality: Mapping[str, float]) -> Point:
     return Point(_title(job, with_share=False), sparsity, next(iter(quality.values())))
 
@@ -351,7 +366,9 @@ def _title(job: Job | UnitJob, with_share: bool = True) -> str:
     return f"{name_of(job.recipe.criterion)}{share} {job.pattern_name}"
 
 
-def _save(result: Result, recipe: Recipe, out: str | Path, overwrite: bool, source: str | None) -> None:
+def _save(
+    result: Result, recipe: Recipe, out: str | Path, overwrite: bool, source: str | None, compressed: Compressed | None
+) -> None:
     save(
         result.model,
         out,
@@ -362,4 +379,6 @@ def _save(result: Result, recipe: Recipe, out: str | Path, overwrite: bool, sour
         source=source,
         overwrite=overwrite,
         extra_files={"report.html": render(result.report)},
+        format="auto" if compressed is None else "packed",
+        coded=None if compressed is None else compressed.coded,
     )

@@ -74,6 +74,21 @@ class FineTune(_Strict):
     """Learn from the unpruned model, instead of from labels or beside them."""
 
 
+class Compress(_Strict):
+    """Deep Compression after pruning: weights share a few values, or are rounded, and the artifact is entropy-coded."""
+
+    bits: Annotated[float, Field(ge=1, le=12)] | None = None
+    """Of each weight; 5 where no budget is given."""
+    budget: Annotated[int, Field(ge=1)] | None = None
+    """Bytes for all weights together, instead: bits are chosen layer by layer."""
+    scheme: Literal["kmeans", "integer", "entropy"] = "kmeans"
+    """A codebook for each layer; whole numbers with a scale for each output; the same without a largest number."""
+    vector_bits: Annotated[float, Field(ge=1, le=16)] | None = 16
+    """Of biases, norms and statistics."""
+    fold_norms: bool = False
+    """Put BatchNorms into the weights before them; needs calibration data."""
+
+
 class Slimming(_Strict):
     """Training before the cut with an L1 penalty on the scales of BatchNorm (Liu et al. 2017), for the criterion bn_scale."""
 
@@ -137,6 +152,8 @@ class Recipe(_Strict):
     """Of patterns that cut units: training with sparse BatchNorm scales before the cut."""
     finetune: FineTune | None = None
     """Training after each pruning step."""
+    compress: Compress | None = None
+    """Few bits for each weight, and an entropy-coded artifact."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of everything random."""
 
@@ -244,8 +261,9 @@ def _is_branch(part: int | str) -> bool:
 
 def _fields(model: type[BaseModel], path: list[str]) -> list[str]:
     known: dict[tuple[str, ...], type[BaseModel]] = {
-        ("slimming",): Slimming,
         ("finetune",): FineTune,
         ("finetune", "distill"): Distill,
+        ("compress",): Compress,
+        ("slimming",): Slimming,
     }
     return list(known.get(tuple(path), model).model_fields)

@@ -17,7 +17,9 @@ def command(
     path: Annotated[
         Path,
         typer.Argument(
-            help="An artifact, a .safetensors file, a Hugging Face directory or a .pt state dict.", show_default=False
+            help="An artifact, a .safetensors, .packed, .onnx or .npz file, a Hugging Face or exported directory, or a"
+            " .pt state dict.",
+            show_default=False,
         ),
     ],
     json: o.Json = False,

@@ -227,6 +227,13 @@ Optimizer = Annotated[
     str | None,
     typer.Option("--optimizer", help="adamw (default) or sgd.", show_default=False, rich_help_panel=METHOD),
 ]
+Compress = Annotated[
+    float | None,
+    typer.Option(
+        "--compress", min=1, max=12, help="Deep Compression: weights share values of so many bits, and the artifact is"
+        " entropy-coded. A recipe's [compress] says more.", show_default=False, rich_help_panel=METHOD,
+    ),
+]  # fmt: skip
 Scan = Annotated[
     bool,
     typer.Option(

@@ -42,6 +42,7 @@ def command(
     finetune: o.FineTuneEpochs = None,
     lr: o.LearningRate = None,
     optimizer: o.Optimizer = None,
+    compress: o.Compress = None,
     data: o.Data = None,
     train: o.Train = None,
     test: o.Test = None,
@@ -66,7 +67,7 @@ def command(
         recipe, pattern=pattern, allocation=allocation, reduction=reduction, schedule=schedule, steps=steps, layers=layers,
         ignore=ignore, force=force, seed=seed, repair=repair, reestimate_norms=reestimate_norms,
         slimming=slimming, slimming_strength=slimming_strength, finetune=finetune, lr=lr,
-        optimizer=optimizer,
+        optimizer=optimizer, compress=compress,
     )  # fmt: skip
     criteria = [piece(c) for c in listed(criterion)]
     recipes = variants(common, numbers(sparsity, "--sparsity"), criteria, listed(budget))

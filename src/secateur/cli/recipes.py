@@ -17,6 +17,7 @@ def recipe_of(
     finetune: int | None = None,
     lr: float | None = None,
     optimizer: str | None = None,
+    compress: float | None = None,
     slimming: int | None = None,
     slimming_strength: float | None = None,
     **changes: Any,
@@ -31,6 +32,8 @@ def recipe_of(
         if finetune is None and base.finetune is None:
             raise RecipeError("--lr and --optimizer are for fine-tuning: give --finetune EPOCHS too")
         given["finetune"] = {**(base.finetune.model_dump(exclude_unset=True) if base.finetune else {}), **tuning}
+    if compress is not None:
+        given["compress"] = {**(base.compress.model_dump(exclude_unset=True) if base.compress else {}), "bits": compress}
     slim = {k: v for k, v in (("epochs", slimming), ("strength", slimming_strength)) if v is not None}
     if slim:
         given["slimming"] = {**(base.slimming.model_dump(exclude_unset=True) if base.slimming else {}), **slim}

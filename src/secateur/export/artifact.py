@@ -2,7 +2,7 @@
 
 ::
 
-    model.safetensors   every tensor, in the encoding that secateur.json names
+    model.safetensors   every tensor, in the encoding that secateur.json names; or model.packed, entropy-coded
     secateur.json       format and library version, encoding of each tensor, aliases, plan, SHA-256 of every file
     masks.safetensors   only masks that the zeros of the weights do not already show
     recipe.toml         what was asked for
@@ -23,10 +23,12 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from secateur.coding import packed
+from secateur.coding.tensor import Coded
 from secateur.errors import ArtifactError, ModelError, did_you_mean
 from secateur.export import container, manifest
 from secateur.export.atomic import check_replaceable, replacing, write_synced
-from secateur.export.encode import FORMATS, Encoder, Format, same_bits
+from secateur.export.encode import FORMATS, Encoder, Format, plain, same_bits
 from secateur.export.manifest import FileEntry, Manifest
 from secateur.export.masks import mask_parts
 from secateur.export.reader import Artifact
@@ -51,6 +53,7 @@ def save(
     plan: Plan | None = None,
     source: str | None = None,
     format: Format = "auto",
+    coded: Mapping[str, Coded] | None = None,
     extra_files: Mapping[str, str | bytes] | None = None,
     overwrite: bool = False,
 ) -> Path:
@@ -58,7 +61,9 @@ def save(
 
     Parameters and buffers, non-persistent ones too, come back bit by bit; tied ones are stored once and come back tied.
     `format` says how: "auto" and "bitmask" store a tensor as bitmask and values, "csr" as compressed sparse rows, in each
-    case only where that is smaller than dense; "dense" leaves all dense, for other safetensors readers. `masks` are kept
+    case only where that is smaller than dense; "dense" leaves all dense, for other safetensors readers; "packed" writes one
+    entropy-coded file, in which shared weights take a few bits each. `coded` has the tensors that are whole numbers times
+    scales, as `secateur.coding.compress` makes them; packed, they are stored as such. `masks` are kept
     beside the weights and must agree with their zeros; `source` is the string from which `load` rebuilds the
     architecture ("hf:...", "timm:...", "module:callable"); `extra_files` go into the same directory in the same step.
 
@@ -78,21 +83,24 @@ def save(
     weights = _weight_parts(state, format)
     mask_table, stored_masks = mask_parts(masks or {}, state)
     texts = _texts(state, weights, report, recipe, extra_files or {})
-    parts = {manifest.WEIGHTS: [part for encoder in weights.values() for part in encoder.parts()]}
+    parts = {} if format == "packed" else {manifest.WEIGHTS: [part for encoder in weights.values() for part in encoder.parts()]}
     if stored_masks:
         parts[manifest.MASKS] = stored_masks
     sizes = [container.file_bytes(p) for p in parts.values()] + [len(t) for t in texts.values()]
+    packed_files = [manifest.PACKED] if format == "packed" else []
     announced = Manifest(
+        version=manifest.VERSION if packed_files else 1,
         source=_first_source(source),
         tensors={name: encoder.entry for name, encoder in weights.items()},
         aliases=dict(state.aliases),
         masks=mask_table,
         plan=None if plan is None else json.loads(json.dumps(plan.to_json())),
-        files=dict.fromkeys([*parts, *texts], _PLACEHOLDER),
+        files=dict.fromkeys([*packed_files, *parts, *texts], _PLACEHOLDER),
     )
     sizes.append(len(manifest.dump(announced)))
     with replacing(directory, overwrite=overwrite, sizes=sizes, foreign=_foreign) as folder:
-        files = {name: _entry(folder / name, container.write(folder / name, p)) for name, p in parts.items()}
+        files = {name: _entry(folder / name, _write_packed(folder / name, state, coded or {})) for name in packed_files}
+        files |= {name: _entry(folder / name, container.write(folder / name, p)) for name, p in parts.items()}
         for name, data in texts.items():
             write_synced(folder / name, data)
             files[name] = _entry(folder / name, hashlib.sha256(data).hexdigest())
@@ -180,6 +188,15 @@ def _texts(
 
 def _entry(path: Path, sha256: str) -> FileEntry:
     return FileEntry(bytes=path.stat().st_size, sha256=sha256)
+
+
+def _write_packed(path: Path, state: State, coded: Mapping[str, Coded]) -> str:
+    """Write the packed file, one tensor at a time; returns its SHA-256."""
+    total = len(state.tensors)
+    tensors = track(((name, plain(t), coded.get(name)) for name, (_, t) in state.tensors.items()), "saving", total)
+    packed.write(path, tensors)
+    with open(path, "rb") as file:
+        return container.hash_file(file)
 
 
 def _verify(folder: Path, state: State) -> None:

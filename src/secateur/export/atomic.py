@@ -59,6 +59,28 @@ def replacing(
         raise _explained(error, target, needed) from error
 
 
+@contextmanager
+def replacing_file(path: str | os.PathLike[str], *, overwrite: bool) -> Iterator[Path]:
+    """Yield the path of a new file to write; on leaving the block without an error it is synced and becomes `path`.
+
+    Raises ArtifactError where `path` exists and may not be overwritten, and where writing fails; what was there stays.
+    """
+    target = Path(os.path.realpath(path))
+    if target.is_dir() or (target.exists() and not overwrite):
+        raise ArtifactError(f"{target} exists" + ("; give another name" if target.is_dir() else "; pass overwrite=True"))
+    fresh = _sibling(target, f"{os.getpid()}{target.suffix}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield fresh
+        _sync(fresh, os.O_RDONLY)
+        os.replace(fresh, target)
+        _sync(target.parent)
+    except OSError as error:
+        raise _explained(error, target, 0) from error
+    finally:
+        fresh.unlink(missing_ok=True)
+
+
 def check_replaceable(directory: str | os.PathLike[str], *, overwrite: bool, foreign: Callable[[Path], str | None]) -> None:
     """Raise the ArtifactError with which `replacing` would begin, and leave everything as it is."""
     target = Path(os.path.realpath(directory))
@@ -191,8 +213,8 @@ def _exchange(one: Path, other: Path) -> bool:
     raise OSError(code, os.strerror(code), str(one), None, str(other))
 
 
-def _sync(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+def _sync(path: Path, flags: int = os.O_RDONLY | os.O_DIRECTORY) -> None:
+    handle = os.open(path, flags)
     try:
         os.fsync(handle)
     finally:

@@ -10,19 +10,21 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from secateur.coding.packed import PackedFile
 from secateur.errors import ArtifactError
 from secateur.export.container import Container, Part
 from secateur.export.manifest import TORCH_DTYPES, Encoding, Kind, TensorEntry
 from secateur.runtime.formats import bitmask, csr
 
-#: "auto" competes bitmask with dense; "csr" competes CSR with dense; "dense" leaves everything dense.
-Format = Literal["auto", "dense", "bitmask", "csr"]
-FORMATS: tuple[Format, ...] = ("auto", "dense", "bitmask", "csr")
+#: "auto" competes bitmask with dense; "csr" competes CSR with dense; "dense" leaves all dense; "packed" codes all.
+Format = Literal["auto", "dense", "bitmask", "csr", "packed"]
+FORMATS: tuple[Format, ...] = ("auto", "dense", "bitmask", "csr", "packed")
 _SPLIT = {torch.complex32: torch.float16, torch.complex64: torch.float32, torch.complex128: torch.float64}
 _PARTS: dict[Encoding, tuple[str, ...]] = {
     "dense": ("",),
     "bitmask": ("::bits", "::values"),
     "csr": ("::indptr", "::indices", "::values"),
+    "packed": ("",),
 }
 
 
@@ -54,8 +56,8 @@ class Encoder:
 
     def _choose(self, format: Format) -> Encoding:
         other: Encoding = "bitmask" if format in ("auto", "bitmask") else "csr"
-        if format == "dense":
-            return "dense"
+        if format in ("dense", "packed"):
+            return format
         dtype, shape = plain_type(self.tensor.dtype, self.tensor.shape)
         size = _encoded_bytes(other, shape, self._kept, dtype.itemsize)
         return other if size < math.prod(shape) * dtype.itemsize else "dense"
@@ -83,7 +85,7 @@ def encoded_sizes(tensor: Tensor) -> dict[Encoding, int]:
     """Bytes of `tensor` in each encoding."""
     flat = plain(tensor)
     kept, size = bitmask.count_kept(flat), flat.dtype.itemsize
-    return {encoding: _encoded_bytes(encoding, tuple(flat.shape), kept, size) for encoding in _PARTS}
+    return {encoding: _encoded_bytes(encoding, tuple(flat.shape), kept, size) for encoding in ("dense", "bitmask", "csr")}
 
 
 def part_keys(name: str, entry: TensorEntry) -> list[str]:
@@ -94,7 +96,7 @@ def part_keys(name: str, entry: TensorEntry) -> list[str]:
 def part_shapes(entry: TensorEntry, kept: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """Dtype and shape of each part, by suffix, of a tensor of which `kept` values are stored."""
     dtype, shape = plain_type(TORCH_DTYPES[entry.dtype], entry.shape)
-    if entry.encoding == "dense":
+    if entry.encoding in ("dense", "packed"):
         return {"": (dtype, shape)}
     if entry.encoding == "bitmask":
         return {"::bits": (torch.uint8, (-(-math.prod(shape) // 8),)), "::values": (dtype, (kept,))}
@@ -103,7 +105,7 @@ def part_shapes(entry: TensorEntry, kept: int) -> dict[str, tuple[torch.dtype, t
     return {"::indptr": (pointers, (rows + 1,)), "::indices": (columns, (kept,)), "::values": (dtype, (kept,))}
 
 
-def decode(name: str, entry: TensorEntry, container: Container) -> Tensor:
+def decode(name: str, entry: TensorEntry, container: Container | PackedFile) -> Tensor:
     """The tensor that `Encoder` stored, on the CPU. Raises ArtifactError where the parts do not fit the entry."""
     check_parts(name, entry, container)
     dtype, shape = plain_type(TORCH_DTYPES[entry.dtype], entry.shape)
@@ -123,7 +125,7 @@ def decode(name: str, entry: TensorEntry, container: Container) -> Tensor:
     return torch.view_as_complex(tensor) if TORCH_DTYPES[entry.dtype] in _SPLIT else tensor
 
 
-def check_parts(name: str, entry: TensorEntry, container: Container) -> None:
+def check_parts(name: str, entry: TensorEntry, container: Container | PackedFile) -> None:
     """Raise ArtifactError where the header of the weights file contradicts the tensor's entry. Reads no values."""
     found = {}
     for key, suffix in zip(part_keys(name, entry), _PARTS[entry.encoding], strict=True):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from secateur.coding.packed import PackedFile
 from secateur.errors import ArtifactError
 from secateur.export import manifest
 from secateur.export.container import Container, parse_json
+from secateur.export.layouts import is_compressed_tensors, read_compressed_tensors, read_csr
 from secateur.export.reader import Artifact
+from secateur.export.runners import need
 from secateur.export.structure import TensorInfo, look
 from secateur.progress import track
 
@@ -28,7 +31,8 @@ class Inspection:
     """What `inspect` found: every tensor in the checkpoint's order, and the sums."""
 
     path: str
-    kind: str  #: "artifact", "safetensors", "sharded safetensors" or "torch"
+    #: "artifact", "packed", "safetensors", "sharded safetensors", "compressed-tensors", "csr", "onnx", "openvino" or "torch"
+    kind: str
     bytes_disk: int  #: of the files that hold the tensors
     aliases: Mapping[str, str]  #: further name of a tied tensor -> name
     tensors: tuple[TensorInfo, ...]
@@ -94,8 +98,9 @@ def inspect(path: str | os.PathLike[str]) -> Inspection:
     """Look at every tensor of a checkpoint, one at a time.
 
     `path` is an artifact directory, a ``.safetensors`` file, a Hugging Face directory (one file or shards with their
-    index), or a state dict saved by torch (``.pt``, ``.pth``, ``.bin``, ``.ckpt``; read with ``weights_only=True``, so that
-    no code in it runs). Raises ArtifactError for anything else and for files that are damaged.
+    index), what `sc.export` writes (ONNX, OpenVINO, CSR, compressed-tensors), a packed file, or a state dict saved by torch
+    (``.pt``, ``.pth``, ``.bin``, ``.ckpt``; read with ``weights_only=True``, so that no code in it runs). Raises
+    ArtifactError for anything else and for files that are damaged.
 
     >>> inspect("runs/first").sparsity            # doctest: +SKIP
     0.9
@@ -118,13 +123,22 @@ def _opened(path: Path) -> _Checkpoint:
         return _safetensors("safetensors", (path,))
     if path.suffix in _TORCH_ENDINGS:
         return _torch((path,))
-    endings = ", ".join((".safetensors", *sorted(_TORCH_ENDINGS)))
+    if path.suffix in _OTHERS:
+        return _OTHERS[path.suffix](path)
+    endings = ", ".join((".safetensors", *sorted(_TORCH_ENDINGS), *_OTHERS))
     raise ArtifactError(f"{path} is no checkpoint that can be inspected; expected a directory or a file ending in {endings}")
 
 
 def _directory(path: Path) -> _Checkpoint:
     if (path / manifest.NAME).exists():
         return _artifact(path)
+    if (path / "model.safetensors").exists() and is_compressed_tensors(path):
+        return _Checkpoint("compressed-tensors", (path / "model.safetensors",), read_compressed_tensors(path), None)
+    for name, read in (("model.onnx", _onnx), ("model.xml", _openvino)):
+        if (path / name).exists():
+            return read(path / name)
+    if files := tuple(sorted(path.glob("*.npz"))):
+        return _Checkpoint("csr", files, ((file.stem, read_csr(file)) for file in files), len(files))
     indexes = sorted(path.glob("*.safetensors.index.json"))
     if indexes:
         return _sharded(indexes[0])
@@ -145,7 +159,7 @@ def _artifact(path: Path) -> _Checkpoint:
         with Artifact(path) as artifact:
             yield from artifact.tensors()
 
-    return _Checkpoint("artifact", (path / manifest.WEIGHTS,), tensors(), len(found.tensors), found.aliases)
+    return _Checkpoint("artifact", (path / found.weights,), tensors(), len(found.tensors), found.aliases)
 
 
 def _safetensors(kind: str, files: tuple[Path, ...], expected: Mapping[str, str] | None = None) -> _Checkpoint:
@@ -177,6 +191,50 @@ def _sharded(index: Path) -> _Checkpoint:
     for name in set(table.values()):
         manifest.check_file_name(name)
     return _safetensors("sharded safetensors", tuple(index.parent / name for name in sorted(set(table.values()))), table)
+
+
+def _packed(path: Path) -> _Checkpoint:
+    with PackedFile.open(path) as file:
+        count = len(file.entries)
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        with PackedFile.open(path) as file:
+            yield from file.tensors()
+
+    return _Checkpoint("packed", (path,), tensors(), count)
+
+
+def _csr(path: Path) -> _Checkpoint:
+    return _Checkpoint("csr", (path,), iter([(path.stem, read_csr(path))]), 1)
+
+
+def _onnx(path: Path) -> _Checkpoint:
+    """The initialisers of an ONNX file; int8 weights of Q/DQ nodes are shown as they are stored."""
+    onnx = need("onnx", "onnx", "inspecting an ONNX file")
+    try:
+        found = onnx.load(str(path)).graph.initializer
+        tensors = {t.name: torch.from_numpy(onnx.numpy_helper.to_array(t).copy()) for t in found if t.data_type not in (8,)}
+    except Exception as error:  # protobuf raises what its parser happens to raise
+        raise ArtifactError(f"{path} is no ONNX file ({type(error).__name__}: {str(error)[:200]})") from None
+    return _Checkpoint("onnx", (path,), iter(tensors.items()), len(tensors))
+
+
+def _openvino(path: Path) -> _Checkpoint:
+    """The constants of an OpenVINO model that are matrices or kernels, and vectors as long as they have a name."""
+    openvino = need("openvino", "openvino", "inspecting an OpenVINO model")
+    try:
+        operations = openvino.Core().read_model(str(path)).get_ops()
+    except RuntimeError as error:
+        raise ArtifactError(f"{path} is no OpenVINO model ({str(error)[:200]})") from None
+    tensors = {
+        op.get_friendly_name(): torch.from_numpy(op.data.copy())
+        for op in operations
+        if op.get_type_name() == "Constant" and op.data.ndim and op.data.dtype.kind in "fiu"
+    }
+    return _Checkpoint("openvino", (path, path.with_suffix(".bin")), iter(tensors.items()), len(tensors))
+
+
+_OTHERS: dict[str, Callable[[Path], _Checkpoint]] = {".packed": _packed, ".npz": _csr, ".onnx": _onnx, ".xml": _openvino}
 
 
 def _torch(files: tuple[Path, ...]) -> _Checkpoint:

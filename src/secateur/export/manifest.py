@@ -17,14 +17,15 @@ from secateur.types import Plan
 
 NAME = "secateur.json"
 WEIGHTS = "model.safetensors"
+PACKED = "model.packed"  #: instead of the former, where weights are entropy-coded
 MASKS = "masks.safetensors"
 RECIPE = "recipe.toml"
 REPORT = "report.json"
 README = "README.md"
 #: Files that `sc.save` writes itself; `extra_files` must have other names.
-OWN_FILES = (NAME, WEIGHTS, MASKS, RECIPE, REPORT, README)
+OWN_FILES = (NAME, WEIGHTS, PACKED, MASKS, RECIPE, REPORT, README)
 
-VERSION = 1  #: of the format. A reader refuses later ones.
+VERSION = 2  #: of the format. A reader refuses later ones. 1 is written unless weights are packed, which came with 2.
 SIZE_CAP = 32_000_000  #: bytes of secateur.json that are read at most
 _PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")
 _STRICT = ConfigDict(strict=True, extra="forbid", frozen=True)
@@ -34,7 +35,7 @@ TORCH_DTYPES = {
     str(dtype).removeprefix("torch."): dtype for dtype in (*DTYPES.values(), torch.complex32, torch.complex64, torch.complex128)
 }
 
-Encoding = Literal["dense", "bitmask", "csr"]
+Encoding = Literal["dense", "bitmask", "csr", "packed"]
 #: "transient" is a buffer that the module itself would not put in its state dict (persistent=False).
 Kind = Literal["parameter", "buffer", "transient"]
 
@@ -62,7 +63,7 @@ class Manifest(BaseModel):
 
     model_config = _STRICT
     format: Literal["secateur"] = "secateur"
-    version: int = VERSION
+    version: int = 1
     secateur: str = secateur.__version__  #: version of the library that wrote it
     source: str | None = None  #: where the architecture comes from, as `secateur.models.load_model` reads it
     tensors: dict[str, TensorEntry]
@@ -70,6 +71,11 @@ class Manifest(BaseModel):
     masks: dict[str, Literal["nonzero", "stored"]] = Field(default_factory=dict)  #: "nonzero": true where the weight is not 0
     plan: dict[str, Any] | None = None
     files: dict[str, FileEntry]
+
+    @property
+    def weights(self) -> str:
+        """Name of the file that holds the weights."""
+        return PACKED if PACKED in self.files else WEIGHTS
 
     def parsed_plan(self) -> Plan | None:
         """The plan that was carried out. Raises ArtifactError where it is malformed."""
@@ -143,13 +149,15 @@ def _check(manifest: Manifest) -> None:
     """What types alone do not say."""
     for name in manifest.files:
         check_file_name(name)
-    if WEIGHTS not in manifest.files:
-        raise ArtifactError(f"{NAME} lists no {WEIGHTS}")
+    if (WEIGHTS in manifest.files) == (PACKED in manifest.files):
+        raise ArtifactError(f"{NAME} lists no {WEIGHTS} and no {PACKED}, or both of them")
     for name, entry in manifest.tensors.items():
         if entry.dtype not in TORCH_DTYPES:
             raise ArtifactError(f"{NAME}: the tensor {name[:200]!r} has the unknown dtype {entry.dtype[:40]!r}")
         if any(d < 0 for d in entry.shape) or elements(entry.shape) is None:
             raise ArtifactError(f"{NAME}: the tensor {name[:200]!r} has an impossible shape: {str(entry.shape)[:200]}")
+        if (entry.encoding == "packed") != (PACKED in manifest.files):
+            raise ArtifactError(f"{NAME}: the tensor {name[:200]!r} is {entry.encoding}, which {manifest.weights} cannot hold")
     for alias, name in manifest.aliases.items():
         if alias in manifest.tensors or name not in manifest.tensors:
             raise ArtifactError(f"{NAME}: the alias {alias[:200]!r} of {name[:200]!r} does not name one stored tensor")

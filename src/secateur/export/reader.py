@@ -13,6 +13,7 @@ from typing import BinaryIO
 
 from torch import Tensor
 
+from secateur.coding.packed import PackedFile
 from secateur.errors import ArtifactError
 from secateur.export import encode, manifest
 from secateur.export.atomic import settled
@@ -32,12 +33,12 @@ class Artifact:
 
     def __init__(self, directory: str | os.PathLike[str]):
         self.path = Path(directory)
-        self._container: Container | None = None
+        self._container: Container | PackedFile | None = None
         for _ in range(_TRIES):  # a writer may remove the directory between our opening it and its files
             self._handle = self._open_directory()
             try:
                 self.manifest = manifest.parse(self._read_all(manifest.NAME, manifest.SIZE_CAP))
-                self._weights = self._open(manifest.WEIGHTS)
+                self._weights = self._open(self.manifest.weights)
                 return
             except BaseException as error:
                 replaced = self._replaced()
@@ -83,13 +84,15 @@ class Artifact:
             file.seek(0)
             return file.read(_TEXT_CAP)
 
-    def weights(self) -> Container:
+    def weights(self) -> Container | PackedFile:
         """The weights file, after its hash and all that its header and the manifest say of each other were checked."""
         if self._container is not None:
             return self._container
-        self._check_hash(self._weights, manifest.WEIGHTS)
+        name = self.manifest.weights
+        self._check_hash(self._weights, name)
         self._weights.seek(0)
-        container = Container(self._weights, str(self.path / manifest.WEIGHTS))
+        kind = PackedFile if name == manifest.PACKED else Container
+        container = kind(self._weights, str(self.path / name))
         keys: set[str] = set()
         for name, entry in self.manifest.tensors.items():
             encode.check_parts(name, entry, container)
@@ -118,7 +121,7 @@ class Artifact:
 
     def check_files(self) -> None:
         """Check the hash of every file but the weights, which `weights` checks."""
-        for name in self.manifest.files.keys() - {manifest.WEIGHTS}:
+        for name in self.manifest.files.keys() - {self.manifest.weights}:
             with self._open(name) as file:
                 self._check_hash(file, name)
 

@@ -10,9 +10,9 @@ from secateur.export.state import State
 
 _TEXT = """# A model saved by Secateur {version}
 
-| tensors | values | not zero | bytes dense | bytes stored |
-|---|---|---|---|---|
-| {tensors} | {values} | {nonzero} | {dense} | {stored} |
+| tensors | values | not zero | bytes dense | {head}|
+|---|---|---|---|{line}
+| {tensors} | {values} | {nonzero} | {dense} |{stored}
 
 Load it:
 
@@ -24,6 +24,15 @@ Load it:
 
 ## Reading it without Secateur
 
+{how}
+`aliases` are further names of tied tensors. `files` has the size and SHA-256 of every file.
+"""
+_PACKED = """\
+`model.packed` is entropy-coded: its format is described in docs/compression.md of Secateur. `secateur.json` lists each tensor
+with its dtype and shape. `secateur export DIRECTORY --to safetensors` writes it out plain.
+
+"""
+_SAFETENSORS = """\
 `model.safetensors` is an ordinary safetensors file. `secateur.json` lists each tensor with its dtype, shape and encoding:
 
 - `dense`: stored under its own name. Complex numbers are pairs of real ones along a further last dimension.
@@ -32,18 +41,22 @@ Load it:
 - `csr`: `NAME::indptr`, `NAME::indices`, `NAME::values` are the compressed sparse rows of the tensor seen as a matrix
   `[first dimension, all others]`.
 
-`aliases` are further names of tied tensors. `files` has the size and SHA-256 of every file.
 """
 
 
 def readme(state: State, weights: Mapping[str, Encoder]) -> str:
     """The text, with the sizes of `state` as `weights` stores it."""
     tensors = [tensor for _, tensor in state.tensors.values()]
+    packed = any(encoder.encoding == "packed" for encoder in weights.values())
+    stored = sum(part.nbytes for encoder in weights.values() for part in encoder.parts())
     return _TEXT.format(
         version=secateur.__version__,
         tensors=len(tensors),
         values=sum(t.numel() for t in tensors),
         nonzero=sum(encoder.nonzeros for encoder in weights.values()),
         dense=sum(t.numel() * t.dtype.itemsize for t in tensors),
-        stored=sum(part.nbytes for encoder in weights.values() for part in encoder.parts()),
+        head="" if packed else "bytes stored ",
+        line="" if packed else "---|",
+        stored="" if packed else f" {stored} |",
+        how=_PACKED if packed else _SAFETENSORS,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from secateur.train.hold import hold
 from secateur.train.interrupt import polite_interrupt
 from secateur.train.loop import Epoch, Loop, Rate, undisturbed
 from secateur.train.slimming import slimming_penalty
+from secateur.train.tie import tie
 from secateur.types import MaskSet
 
 OPTIMIZERS: Mapping[str, Callable[..., torch.optim.Optimizer]] = {
@@ -46,6 +47,7 @@ def finetune(
     batches: Iterable[Batch],
     *,
     masks: MaskSet | None = None,
+    shared: Collection[str] = (),
     epochs: int = 1,
     steps: int | None = None,
     optimizer: str = "adamw",
@@ -69,6 +71,8 @@ def finetune(
         model: its trainable parameters are trained; afterwards every module is in the mode it was in.
         batches: re-iterable batches. Their order is drawn anew for each epoch from `seed` where they have ``shuffled(seed)``.
         masks: what stays removed.
+        shared: names of parameters whose equal weights stay equal and whose zeros stay zero: their values are trained by the
+            gradients summed over the weights that share them (Deep Compression).
         epochs: passes over the data.
         steps: optimizer steps, instead of `epochs`.
         optimizer: ``"adamw"``, or ``"sgd"`` with Nesterov momentum.
@@ -123,6 +127,7 @@ def finetune(
         "steps": rate.steps,
         "batches": length,
         "masks": _digest(masks),
+        **({"shared": sorted(shared)} if shared else {}),
         "patience": patience,
         "keep_best": keep_best,
     }
@@ -130,7 +135,12 @@ def finetune(
     masks.apply(model)
     trainable = {id(p) for _, p in trained}
     owned = MaskSet({n: m for n, m in masks.items() if id(model.get_parameter(n)) in trainable})  # frozen ones stay as they are
-    with undisturbed(model), hold(made, owned, model) as held, polite_interrupt(checkpoint is not None) as stop:
+    with (
+        undisturbed(model),
+        hold(made, owned, model) as held,
+        tie(made, model, shared),
+        polite_interrupt(checkpoint is not None) as stop,
+    ):
         loop = Loop(
             model=model,
             optimizer=made,
