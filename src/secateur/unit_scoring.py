@@ -167,7 +167,7 @@ def _by_units(
     facts = UNIT_CRITERIA[name].facts
     views = _views(model, groups, facts["on"])
     found: Mapping[str, Mapping[Any, Tensor]] = {}
-    if facts["needs"]:
+    if facts["needs"] and views:
         assert batches is not None
         found = activity(model, _sites(views, facts["on"]), facts["needs"], batches, loss=loss, seed=recipe.seed)
     parts: dict[int, list[Tensor]] = {}

@@ -168,3 +168,10 @@ def test_options_of_a_method_follow_a_question_mark():
     assert piece("2:4") == "2:4"
     with pytest.raises(RecipeError, match="key=value"):
         piece("channel?round_to")
+
+
+def test_slimming_and_forced_units_are_options():
+    from secateur.cli.recipes import recipe_of
+
+    recipe = recipe_of(None, sparsity=0.5, pattern="channel", slimming=3, slimming_strength=1e-3, force=["conv1[3,5]"])
+    assert (recipe.slimming.epochs, recipe.slimming.strength, recipe.force) == (3, 1e-3, ("conv1[3,5]",))

@@ -77,3 +77,31 @@ def test_a_block_that_others_need_is_refused():
     drop_blocks(Network(), torch.randn(2, 4), ["blocks.1"])
     with pytest.raises(ModelError, match="differs from the original"):
         drop_blocks(Shares(), torch.randn(2, 4), ["blocks.1"])
+
+
+def test_of_a_stage_the_blocks_inside_count():
+    class Stage(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.Sequential(Block(), Block())
+
+        def forward(self, x):
+            return self.blocks(x)
+
+    class Parts(nn.Module):
+        """As T5's: two residual parts in a list, which the block calls by number."""
+
+        def __init__(self):
+            super().__init__()
+            self.parts = nn.ModuleList([Block(), Block()])
+
+        def forward(self, x):
+            return self.parts[1](self.parts[0](x))
+
+    def names(*members):
+        model = nn.Sequential(*members)
+        return [b.name for b in removable_blocks(model, trace(model, torch.randn(2, 8)))]
+
+    assert names(Stage(), Stage()) == ["0.blocks.0", "0.blocks.1", "1.blocks.0", "1.blocks.1"]
+    assert names(Parts(), Parts()) == ["0", "1"]
+    assert names(Stage(), Block()) == ["0.blocks.0", "0.blocks.1", "1"]

@@ -203,3 +203,10 @@ def test_what_does_not_fit_together_is_refused():
     ):
         with pytest.raises(error, match=words):
             sc.prune(model, sparsity=0.5, example=x, **changes)
+
+
+def test_a_need_that_no_module_can_show_is_no_crash():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    with pytest.raises(LayerError, match="normalisation"):
+        sc.plan(model, pattern="ffn", sparsity=0.5, criterion="taylor_gate", data=[(torch.randn(2, 4), torch.arange(2))])

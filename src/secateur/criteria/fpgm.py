@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from secateur.criteria.registry import unit_criterion
@@ -17,4 +16,7 @@ def fpgm(units: UnitStats) -> Tensor:
 
     It is lowest at the filter nearest to the geometric median of all of them, which carries least that the others do not.
     """
-    return torch.cdist(units.weight, units.weight, compute_mode="donot_use_mm_for_euclid_dist").sum(1)
+    weight = units.weight.double()
+    gram = weight @ weight.T
+    squares = gram.diagonal()
+    return (squares[:, None] + squares - 2 * gram).clamp_min(0).sqrt().sum(1).float()

@@ -30,13 +30,18 @@ class Residual:
 
 
 def removable_blocks(model: nn.Module, graph: Graph) -> list[Residual]:
-    """Blocks of `model` that can be taken out, in order; blocks inside of others are left out."""
+    """Blocks of `model` that can be taken out, in order.
+
+    Of blocks inside of others the outer ones count, but where the inner ones follow each other in a `Sequential`: then the
+    outer one is a stage.
+    """
     calls: dict[str, list[ModuleCall]] = {}
     for made in graph.recording.calls:
         calls.setdefault(made.module, []).append(made)
-    found: list[Residual] = []
+    found: dict[str, Residual] = {}
+    chained: set[str] = set()
     for path, container in model.named_modules():
-        if not isinstance(container, (nn.ModuleList, nn.Sequential)) or any(path.startswith(f"{b.name}.") for b in found):
+        if not isinstance(container, (nn.ModuleList, nn.Sequential)):
             continue
         names = [f"{path}.{key}" if path else key for key in container._modules]
         blocks = []
@@ -46,8 +51,13 @@ def removable_blocks(model: nn.Module, graph: Graph) -> list[Residual]:
             parameters = sum(p.numel() for p in model.get_submodule(name).parameters())
             if call and parameters and call.inputs and call.outputs and call.inputs[0].shape == call.outputs[0].shape:
                 blocks.append((Residual(name, call.inputs[0].shape, parameters), call))
-        found += [b for b, call in blocks if len(names) > 1 and _adds_its_input(graph, call)]
-    return found
+        own_blocks = {b.name: b for b, call in blocks if len(names) > 1 and _adds_its_input(graph, call)}
+        found |= own_blocks
+        chained |= set(own_blocks) if isinstance(container, nn.Sequential) else set()
+    stages = {name for name in found if any(inner.startswith(f"{name}.") for inner in chained)}
+    outer = [f"{name}." for name in found if name not in stages]
+    wanted = {name for name in found if name not in stages and not any(name.startswith(o) for o in outer)}
+    return [found[name] for name, _ in model.named_modules() if name in wanted]
 
 
 def _adds_its_input(graph: Graph, call: ModuleCall) -> bool:

@@ -165,7 +165,7 @@ class _Watch:
     def differentiate(self, value: Tensor, size: int) -> None:
         """Add the gradients of the loss of a batch of `size` samples by the gates that it went through."""
         gates = [gate for _, gate in self._gates]
-        found = torch.autograd.grad(value, gates, allow_unused=True) if value.requires_grad else [None] * len(gates)
+        found = torch.autograd.grad(value, gates, allow_unused=True) if gates and value.requires_grad else [None] * len(gates)
         by_site: dict[Site, list[Tensor]] = {}
         for (site, _), gradient in zip(self._gates, found, strict=True):
             if gradient is not None:
