@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -105,6 +106,7 @@ def row(name: str, unit: str, share: int) -> dict[str, Any]:
     return {
         "dense": budget.dense, "limit": budget.limit, "promised": budget.promised, "achieved": budget.achieved,
         "low": budget.low, "high": budget.high, "found": again, "search_s": searched, "trace_s": traced,
+        "load": os.getloadavg()[0],
     }  # fmt: skip
 
 
@@ -175,7 +177,14 @@ def page(rows: dict[str, dict[str, Any]], options: argparse.Namespace, seconds: 
         *table(["MACs", *ALLOCATIONS], _accuracies(rows)),
         "",
         conditions(options.threads, "seed 0", seconds),
+        "Milliseconds were taken at a load of " + _loads(rows) + " on these cores, row by row, in runs of their own.",
     ]
+
+
+def _loads(rows: dict[str, dict[str, Any]]) -> str:
+    """How busy the machine was: processes that wanted a core, averaged over a minute."""
+    loads = sorted(done["load"] for key, done in rows.items() if " ms " in key and "load" in done)
+    return f"{loads[0]:.0f} to {loads[-1]:.0f}" if loads else "?"
 
 
 def main() -> None:

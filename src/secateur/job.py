@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 
-from torch import Tensor, nn
+from torch import nn
 
 from secateur.budgets.amount import Amount, parse_budget
 from secateur.data.batches import Batch, Batches, Loss
@@ -14,10 +14,12 @@ from secateur.layers import Layer
 from secateur.recipe import Recipe
 from secateur.registry import name_of
 from secateur.schedules import make_schedule
-from secateur.selection import Method, prunable, resolve, target_sparsity
+from secateur.selection import Method, Scores, prunable, resolve, target_sparsity
+from secateur.solvers import error_curve
 from secateur.stats import Calibration, collect
 from secateur.stats.blocks import grams_in_turn
-from secateur.types import Need, Pattern, Schedule
+from secateur.stats.samples import layers_in_turn
+from secateur.types import LayerStats, Need, Pattern, Schedule
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Job:
 
     def statistics(self, model: nn.Module) -> Calibration:
         """What the method's criterion needs to know of `model`, of which `layers` must be."""
-        return collect(
+        found = collect(
             model,
             self.layers,
             self.method.needs,
@@ -52,12 +54,48 @@ class Job:
             seed=self.recipe.seed,
             example=self.example,
         )
+        return replace(found, layers=self._with_curves(model, found.layers)) if self.method.curves else found
 
-    def grams(self, model: nn.Module, done: Collection[str] = ()) -> Iterator[dict[str, Tensor]] | None:
-        """What the method's solver needs to know, by `grams_in_turn` without the layers `done`; None where it needs nothing."""
-        if Need.GRAM not in self.method.solver_needs or self.batches is None:
+    def _with_curves(self, model: nn.Module, stats: dict[str, LayerStats]) -> dict[str, LayerStats]:
+        """`stats` with the error curve of every layer, from Gram matrices of the model as it is."""
+        assert self.batches is not None
+        scores = Scores(self.layers, stats, self.method)
+        curves: dict[str, LayerStats] = {}
+        for part in grams_in_turn(model, self.layers, self.batches, seed=self.recipe.seed):
+            for name, gram in part.items():
+                known = replace(stats[name], gram=gram)
+                curve = error_curve(known.weight, scores[name].scores, self.method.pattern, known)
+                curves[name] = replace(stats[name], curve=curve)
+        return {name: curves[name] for name in stats}
+
+    def known(
+        self, model: nn.Module, stats: Mapping[str, LayerStats], done: Collection[str] = ()
+    ) -> Iterator[dict[str, LayerStats]] | None:
+        """`stats` with what the method's solver needs, a few layers at a time, without the layers `done`.
+
+        Gram matrices come by `grams_in_turn`, sample gradients by `layers_in_turn`. None where the solver needs nothing.
+        """
+        if self.batches is None or not self.method.solver_needs:
             return None
-        return grams_in_turn(model, self.layers, self.batches, seed=self.recipe.seed, done=done)
+        if Need.GRAM in self.method.solver_needs:
+            return self._grams(model, self.batches, stats, done)
+        return self._gradients(model, self.batches, stats, done)
+
+    def _grams(
+        self, model: nn.Module, batches: Batches, stats: Mapping[str, LayerStats], done: Collection[str]
+    ) -> Iterator[dict[str, LayerStats]]:
+        for part in grams_in_turn(model, self.layers, batches, seed=self.recipe.seed, done=done):
+            yield {name: replace(stats[name], gram=gram) for name, gram in part.items()}
+
+    def _gradients(
+        self, model: nn.Module, batches: Batches, stats: Mapping[str, LayerStats], done: Collection[str]
+    ) -> Iterator[dict[str, LayerStats]]:
+        for part in layers_in_turn(self.layers, batches, done):
+            found = collect(model, part, {Need.GRAD_SAMPLES}, batches=batches, loss=self.loss, seed=self.recipe.seed).layers
+            yield {
+                name: replace(stats[name], grad_samples=one.grad_samples, row_samples=one.row_samples)
+                for name, one in found.items()
+            }
 
 
 def prepare(
@@ -98,7 +136,13 @@ def prepare(
     layers, skipped = prunable(model, method.pattern, layers=recipe.layers, ignore=recipe.ignore)
     batches = None if data is None else Batches(data)
     training = batches if train is None else Batches(train)
-    check_data(recipe, method.criterion_name, method.needs | method.solver_needs, batches, training)
+    check_data(
+        recipe,
+        method.criterion_name,
+        method.needs | method.solver_needs | ({Need.GRAM} if method.curves else set()),
+        batches,
+        training,
+    )
     if example is None and batches is not None:
         example = next(iter(batches))
     return Job(recipe, method, sparsity, _schedule(recipe), layers, skipped, batches, training, loss, example)

@@ -247,7 +247,7 @@ def _step(job: Job, model: nn.Module, step: int, masks: MaskSet | None, progress
         sparsity=target,
         method=job.method,
         previous=masks,
-        grams=job.grams(model, so_far.masks),
+        known=job.known(model, calibration.layers, so_far.masks),
         so_far=so_far,
     )
     _repair(job, model, step, solved.masks, progress)

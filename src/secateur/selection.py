@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import IntTensor, Tensor, nn
@@ -35,6 +35,7 @@ class Method:
     pattern: Pattern
     allocation: Callable[[Mapping[str, UnitScores], float], Mapping[str, IntTensor]]
     solver: Callable[..., Solution]
+    curves: bool = False  #: whether the allocation looks at the error curve of every layer
 
 
 def resolve(
@@ -70,7 +71,7 @@ def resolve(
     if reduction not in REDUCTIONS:
         reduce(torch.zeros(1, 1, 1), reduction)
     needs = frozenset(facts["needs"]), frozenset(SOLVERS[solver_name].facts["needs"])
-    return Method(score, criterion_name, *needs, reduction, made, allocate, solve)
+    return Method(score, criterion_name, *needs, reduction, made, allocate, solve, "curves" in ALLOCATIONS[name].facts)
 
 
 def target_sparsity(sparsity: object, pattern: Pattern) -> float:
@@ -148,7 +149,7 @@ class Scores(Mapping[str, UnitScores]):
         shape = self._layers[name].shape
         folded = self._method.pattern.fold(torch.empty(shape, device="meta"))
         groups, units, elements = folded.shape
-        return UnitScores(name, shape, groups, units, elements, functools.partial(self._compute, name))
+        return UnitScores(name, shape, groups, units, elements, functools.partial(self._compute, name), self._stats[name].curve)
 
     @torch.no_grad()
     def _compute(self, name: str) -> Tensor:
@@ -208,23 +209,22 @@ def solve(
     sparsity: float,
     method: Method,
     previous: MaskSet | None = None,
-    grams: Iterable[Mapping[str, Tensor]] | None = None,
+    known: Iterable[Mapping[str, LayerStats]] | None = None,
     so_far: SolvedSoFar | None = None,
 ) -> Solved:
     """As `choose`, and the solver writes the surviving weights into the model the layers belong to.
 
-    `grams` gives the Gram matrices of a few layers at a time and is asked for the next ones after the weights of these were
-    written; the layers are solved in that order, and where it gives nothing `stats` has to have all. `so_far` holds what
+    `known` gives `stats` with what the solver needs, a few layers at a time, and is asked for the next ones after the weights
+    of these were written; the layers are solved in that order, and without it `stats` has to have all. `so_far` holds what
     an earlier, stopped run solved, and is told of every layer.
     """
     scores = Scores(layers, stats, method, previous)
     counts = method.allocation(scores, sparsity)
     so_far = so_far or SolvedSoFar()
     so_far.write(layers)
-    for part in grams if grams is not None else [{name: stats[name].gram for name in layers}]:
-        for name, gram in part.items():
-            known = replace(stats[name], gram=gram)
-            so_far.add(name, *_solve_layer(layers[name], known, scores[name], counts[name], method))
+    for part in known if known is not None else [stats]:
+        for name, layer_stats in part.items():
+            so_far.add(name, *_solve_layer(layers[name], layer_stats, scores[name], counts[name], method))
         so_far.save(layers)
     masks: dict[str, Tensor] = {}
     for name, layer in layers.items():

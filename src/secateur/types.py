@@ -19,6 +19,7 @@ class Need(enum.Enum):
     WEIGHT = "weight"  #: the weight itself: always there, needs no data
     GRAD = "grad"  #: mean over samples of the loss gradient
     GRAD_SQ = "grad_sq"  #: mean over samples of the squared per-sample loss gradient (the empirical Fisher diagonal)
+    GRAD_SAMPLES = "grad_samples"  #: loss gradients of single samples, or of small groups of them, kept apart
     GRAD_ONE = "grad_one"  #: loss gradient of the first batch only (SNIP)
     HESSIAN_GRAD = "hessian_grad"  #: Hessian times mean gradient (GraSP)
     SYNFLOW_GRAD = "synflow_grad"  #: gradient of SynFlow's R: all-ones input through the network of absolute weights
@@ -44,15 +45,18 @@ class LayerStats:
     """What is known of one layer's weight when it is scored.
 
     All tensors are float32 and in canonical orientation: ``[out, in, *kernel]`` whatever the module stores. `input_norm`
-    broadcasts against the weight. `gram` is ``[groups, in * kernel, in * kernel]``: the inputs of the g-th equal share of the
-    outputs; layers that share their input share the tensor. A statistic that nobody collected is None, and `need` turns
-    that into an error.
+    broadcasts against the weight. `grad_samples` is ``[rows, *shape of the weight]``: mean gradients of groups of
+    `row_samples` samples times the root of that number. `gram` is ``[groups, in * kernel, in * kernel]``: the inputs of the
+    g-th equal share of the outputs; layers that share their input share the tensor. A statistic that nobody collected is
+    None, and `need` turns that into an error.
     """
 
     name: str
     weight: Tensor
     grad: Tensor | None = None
     grad_sq: Tensor | None = None
+    grad_samples: Tensor | None = None
+    row_samples: Tensor | None = None
     grad_one: Tensor | None = None
     hessian_grad: Tensor | None = None
     synflow_grad: Tensor | None = None
@@ -61,6 +65,7 @@ class LayerStats:
     norm_scale: Tensor | None = None
     output: Tensor | None = None
     movement: Tensor | None = None
+    curve: Mapping[float, float] | None = None  #: relative output error by sparsity, for allocations that ask for it
     samples: int = 0  #: how many samples the statistics saw
     seed: int = 0  #: seed of criteria that draw numbers; already mixed with the layer's position
 
@@ -149,6 +154,7 @@ class UnitScores:
     units: int  #: in each group
     elements: int  #: weights that one unit stands for
     compute: Callable[[], Tensor]
+    curve: Mapping[float, float] | None = None  #: relative output error by sparsity, where the allocation asked for it
 
     @property
     def scores(self) -> Tensor:

@@ -29,6 +29,7 @@ def random_stats(shape: tuple[int, ...], seed: int = 0, **changes) -> LayerStats
 
     full = {n.value: normal() for n in (Need.WEIGHT, Need.GRAD, Need.GRAD_ONE, Need.HESSIAN_GRAD, Need.MOVEMENT)}
     full |= {n.value: normal().square() for n in (Need.GRAD_SQ, Need.SYNFLOW_GRAD)}
+    full |= {"grad_samples": normal(5, *shape), "row_samples": torch.ones(5)}
     full["input_norm"] = normal(1, *shape[1:]).abs()
     return LayerStats(name="layer.weight", samples=8, seed=3, **{**full, **changes})
 

@@ -35,7 +35,7 @@ def test_form_and_determinism(name, shape):
     checks.check_form(CRITERIA[name], stats)
     checks.check_deterministic(CRITERIA[name], stats)
     checks.check_reads_only(CRITERIA[name], stats)
-    if name != "random":
+    if name not in ("random", "woodfisher"):  # whose blocks are of consecutive weights, across outputs
         checks.check_equivariant(CRITERIA[name], stats)
 
 
@@ -49,7 +49,7 @@ def test_form_of_constant_weights(name, value):
 @every
 def test_form_of_a_transposed_view(name):
     stats = checks.random_stats((6, 4))
-    turned = {k: v.t().contiguous().t() for k, v in checks.tensors_of(stats).items()}
+    turned = {k: v.t().contiguous().t() if v.dim() == 2 else v for k, v in checks.tensors_of(stats).items()}
     score = CRITERIA[name].make(dataclasses.replace(stats, **turned))
     assert torch.equal(score, CRITERIA[name].make(stats))
 

@@ -197,6 +197,7 @@ def test_the_needs_of_each_criterion():
     assert needs == {
         "magnitude": [], "random": [], "lamp": [], "taylor": ["grad"], "snip": ["grad_one"], "grasp": ["hessian_grad"],
         "synflow": ["synflow_grad"], "obd": ["grad_sq"], "wanda": ["input_norm"], "movement": ["movement"],
+        "woodfisher": ["grad_samples"],
     }  # fmt: skip
 
 

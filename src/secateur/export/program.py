@@ -16,16 +16,16 @@ from secateur.errors import ExportError
 from secateur.export.parity import Example
 from secateur.measure.modes import evaluating
 
-MOST = 1024  #: samples in a batch, for formats that plan their memory
+MOST = 1024  #: samples in a batch
 
 
-def traced(model: nn.Module, example: Example) -> Any:
-    """``torch.export.ExportedProgram`` of the model in evaluation mode: batches of any size, token sequences of any length.
+def traced(model: nn.Module, example: Example, *, most: int = MOST) -> Any:
+    """``torch.export.ExportedProgram`` of the model in evaluation mode: batches up to `most`, token sequences of any length.
 
     Tokens are integers ``[batch, positions]``. Raises ExportError where the model's Python cannot be followed.
     """
     two = example.resized(2)  # 1 would be taken for a constant
-    batch = Dim("batch", min=1, max=MOST)
+    batch = Dim("batch", min=1, max=most)
 
     def free(value: Any) -> Any:
         if not isinstance(value, Tensor):

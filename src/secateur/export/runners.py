@@ -16,6 +16,7 @@ from secateur.errors import ExportError, MissingExtra
 from secateur.export.parity import Example, Runner
 from secateur.export.program import quiet, traced
 
+PLANNED = 8  #: samples in a batch of ExecuTorch, whose memory is planned for the largest
 OPSET = 20  #: of ONNX, unless another is asked for
 _SINGLE_FILE = 1_900_000_000  # bytes of weights; protobuf ends at 2 GB
 
@@ -132,12 +133,12 @@ def run_openvino(path: Path) -> Runner:
 
 
 def to_executorch(model: nn.Module, example: Example, path: Path) -> None:
-    """``.pte``: ExecuTorch with the XNNPACK backend."""
+    """``.pte``: ExecuTorch with the XNNPACK backend, for batches up to 8: memory is planned for the largest."""
     need("executorch.exir", "executorch", "export to ExecuTorch")
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir import to_edge_transform_and_lower
 
-    program = traced(model, example)
+    program = traced(model, example, most=PLANNED)
     try:
         with quiet():
             made = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()]).to_executorch()

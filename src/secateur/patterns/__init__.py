@@ -49,6 +49,8 @@ def make_pattern(spec: str | Mapping[str, Any] | Pattern) -> Pattern | Units:
         return entry.make(**options)
     if not isinstance(spec, str):
         return spec
+    if found := re.fullmatch(r"n:(\d+)", spec):
+        return n_m(keep=None, of=int(found[1]))
     if found := re.fullmatch(r"(\d+):(\d+)", spec):
         return n_m(keep=int(found[1]), of=int(found[2]))
     if found := re.fullmatch(r"(\d+)x(\d+)", spec):

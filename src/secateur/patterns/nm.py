@@ -14,19 +14,19 @@ from secateur.errors import PatternError, RecipeError
 class NM:
     """`keep` of every `of` consecutive input features, at each kernel position: ``[n / of, of, 1]``."""
 
-    keep: int
+    keep: int | None  #: None: every layer has its own, as the allocation says
     of: int
     whole_outputs: bool = False
 
     @property
     def name(self) -> str:
-        """``"2:4"`` for keep=2, of=4."""
-        return f"{self.keep}:{self.of}"
+        """``"2:4"`` for keep=2, of=4; ``"n:4"`` where `keep` is open."""
+        return f"{'n' if self.keep is None else self.keep}:{self.of}"
 
     @property
-    def sparsity(self) -> float:
-        """The fraction removed, which this pattern fixes."""
-        return 1.0 - self.keep / self.of
+    def sparsity(self) -> float | None:
+        """The fraction removed, which this pattern fixes, or None where `keep` is open."""
+        return None if self.keep is None else 1.0 - self.keep / self.of
 
     def refuses(self, shape: torch.Size) -> str | None:
         """The input features must be a multiple of `of`."""
@@ -46,8 +46,13 @@ class NM:
         return keep.reshape(moved).movedim(-1, 1).contiguous()  # type: ignore[return-value]
 
 
-def n_m(*, keep: int = 2, of: int = 4) -> NM:
-    """Keep `keep` of every `of` consecutive input features; written "2:4". GPUs since Ampere compute 2:4 faster."""
+def n_m(*, keep: int | None = 2, of: int = 4) -> NM:
+    """Keep `keep` of every `of` consecutive input features; written "2:4". GPUs since Ampere compute 2:4 faster.
+
+    ``"n:4"`` leaves `keep` to the allocation, layer by layer: with ``dynamic``, each has 4, 3, 2 or 1 of 4.
+    """
+    if keep is None and isinstance(of, int) and not isinstance(of, bool) and 2 <= of <= 128:
+        return NM(None, of)
     if isinstance(keep, bool) or isinstance(of, bool) or not (isinstance(keep, int) and isinstance(of, int)):
         raise RecipeError(f"n:m needs whole numbers, got keep={keep!r}, of={of!r}")
     if not 1 <= keep <= of or of < 2 or of > 128:

@@ -22,11 +22,12 @@ from secateur.stats.gradients import SquaredGradients, Sums, gradients, hessian_
 from secateur.stats.gram import Grams
 from secateur.stats.guard import check_reached, listed, ordinary, untouched
 from secateur.stats.inputs import InputNorms
+from secateur.stats.samples import SampleGradients
 from secateur.stats.synflow import synflow_gradient
 from secateur.types import LayerStats, Need
 
 log = logging.getLogger("secateur")
-_DIFFERENTIATED = {Need.GRAD, Need.GRAD_ONE, Need.GRAD_SQ, Need.HESSIAN_GRAD}
+_DIFFERENTIATED = {Need.GRAD, Need.GRAD_ONE, Need.GRAD_SQ, Need.GRAD_SAMPLES, Need.HESSIAN_GRAD}
 _SUPPORTED = _DIFFERENTIATED | {Need.WEIGHT, Need.SYNFLOW_GRAD, Need.INPUT_NORM, Need.GRAM}
 
 
@@ -73,14 +74,16 @@ def collect(
     parameters = [layer.parameter for layer in layers.values()] if wanted & _DIFFERENTIATED else []
     notes: list[str] = []
     found: dict[Need, dict[str, Tensor]] = {}
-    samples = 0
+    samples, row_samples = 0, None
     with untouched(model, parameters, seed):
         if layers and any(need.data for need in wanted):
             assert batches is not None
-            one_pass = _Pass(model, layers, wanted, loss or default_loss)
+            sizes = [size_of(batch) for batch in batches] if Need.GRAD_SAMPLES in wanted else []
+            one_pass = _Pass(model, layers, wanted, loss or default_loss, sizes)
             samples = one_pass.run(batches)
             found |= one_pass.results(batches)
             notes += one_pass.notes
+            row_samples = one_pass.row_samples
         if layers and Need.SYNFLOW_GRAD in wanted:
             sample = ordinary(next(iter(batches)) if example is None and batches is not None else example)
             found[Need.SYNFLOW_GRAD], note = synflow_gradient(model, sample, list(layers.values()))
@@ -94,7 +97,8 @@ def collect(
             weight=layer.canonical(layer.parameter.detach()).float(),
             samples=samples,
             seed=layer_seed(seed, name),
-            **{need.value: tensors[name] for need, tensors in found.items()},
+            row_samples=row_samples,
+            **{need.value: tensors[name] for need, tensors in found.items()},  # type: ignore[arg-type]
         )
         for name, layer in layers.items()
     }
@@ -104,7 +108,7 @@ def collect(
 class _Pass:
     """The state of one pass over the batches."""
 
-    def __init__(self, model: nn.Module, layers: Mapping[str, Layer], wanted: frozenset[Need], loss: Loss):
+    def __init__(self, model: nn.Module, layers: Mapping[str, Layer], wanted: frozenset[Need], loss: Loss, sizes: list[int]):
         self.model, self.loss, self.wanted = model, loss, wanted
         self.layers = list(layers.values())
         self.differentiate = bool(wanted & _DIFFERENTIATED)
@@ -114,6 +118,8 @@ class _Pass:
         self.mean = Sums(self.layers) if wanted & {Need.GRAD, Need.HESSIAN_GRAD} else None
         self.first = Sums(self.layers) if Need.GRAD_ONE in wanted else None
         self.squared = SquaredGradients(model, loss, self.layers) if Need.GRAD_SQ in wanted else None
+        self.apart = SampleGradients(model, loss, self.layers, sizes) if Need.GRAD_SAMPLES in wanted else None
+        self.row_samples: Tensor | None = None
         self.reached = [False] * len(self.layers)
         self.samples = 0
 
@@ -143,6 +149,8 @@ class _Pass:
             self.first.add(grads)
         if self.squared is not None:
             self.squared.add(batch)
+        if self.apart is not None:
+            self.apart.add(batch)
 
     def _forward(self, index: int, batch: Batch) -> list[Tensor | None]:
         """One forward pass with the hooks on, and one backward pass with them off where anything asks for gradients."""
@@ -180,6 +188,8 @@ class _Pass:
             found[Need.GRAD_ONE] = self.first.mean(1)
         if self.squared is not None:
             found[Need.GRAD_SQ] = self.squared.sums.mean(self.samples)
+        if self.apart is not None:
+            found[Need.GRAD_SAMPLES], self.row_samples = self.apart.take()
         if self.mean is not None:
             gradient = self.mean.mean(self.samples)
             if Need.HESSIAN_GRAD in self.wanted:
