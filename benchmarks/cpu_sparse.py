@@ -1,247 +1,332 @@
 """Claim: pruned networks run faster on CPUs, by how much at which sparsity, beside dense torch and the other runtimes.
 
 Float32. Every row times its candidates in turns, so that what disturbs the machine disturbs all alike; a figure is the
-median over rounds of dense time / own time, with the quartiles in brackets. On one thread CPU time of the process counts,
-on more wall-clock time. Run: python benchmarks/cpu_sparse.py [--part linear vector networks convert] [--threads 1 2]
+median over rounds of dense time / own time, with the quartiles in brackets where they are further than 5% from it. On one
+thread CPU time counts, on more wall-clock time. Networks are checked on real inputs against the masked dense model.
 
-Peers: torch dense (MKL, oneDNN) and torch CSR always; ONNX Runtime, OpenVINO and DeepSparse where they are installed
-(pip install onnxruntime onnx onnxscript openvino; deepsparse 1.8.0 is at end of life).
+    python benchmarks/cpu_sparse.py ROWS.json [--part peak linear vector convert networks] [--threads 1 2]
+
+Every finished row is kept in ROWS.json and not measured again; `--out` writes the page from all rows there. Peers: peers.py.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import datetime
+import json
 import os
 import statistics
+import subprocess
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from conditions import processor
-from torch import nn
+from networks import NETWORKS, check
+from peers import Timed, peers, timed
 
 from secateur.runtime import SparseLinear, deploy, native
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+PARTS = ("peak", "linear", "vector", "convert", "networks")
+TOLERANCE = 1e-4
+LINEAR = ("torch CSR", "panel, baseline", "panel, avx2", "panel, avx512", "panel-1x4", "panel-4x1")
+GOALS = {0.5: 1.2, 0.7: 2.2, 0.8: 3.2, 0.9: 6, 0.95: 10}
 
 
-def compare(candidates, seconds, threads):
-    """Ratios of the first candidate's time to each one's, round by round: name -> (median, low, high, median ms)."""
-    clock = time.process_time if threads == 1 else time.perf_counter
+class Rows:
+    """Finished rows by key, in a file that is written after each."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.done: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+    def measure(self, key: str, make: Callable[[], dict[str, Any]]) -> None:
+        """Make the row unless it is there, with its date and the load of the machine."""
+        if key in self.done:
+            return
+        started = time.perf_counter()
+        row = make()
+        row |= {"date": datetime.date.today().isoformat(), "load": os.getloadavg()[0]}
+        self.done[key] = row
+        self.path.write_text(json.dumps(self.done, indent=1), encoding="utf-8")
+        print(f"{key} ({time.perf_counter() - started:.0f} s): {row}", flush=True)
+
+    def of(self, part: str) -> dict[tuple[str, ...], dict[str, Any]]:  # noqa: D102
+        keys = (tuple(key.split("|")) for key in self.done)
+        return {key[1:]: self.done["|".join(key)] for key in keys if key[0] == part}
+
+
+def clock_for(threads: int) -> Callable[[], float]:
+    return time.process_time if threads == 1 else time.perf_counter
+
+
+def compare(candidates: dict[str, Timed], seconds: float) -> dict[str, Any]:
+    """Ratios of the first candidate's time to each one's, round by round: median, quartiles and the median milliseconds."""
     for run in candidates.values():
         run()
         run()
-    times = {name: [] for name in candidates}
+    times: dict[str, list[float]] = {name: [] for name in candidates}
     names, start, turn = list(candidates), time.perf_counter(), 0
-    while turn < 5 or time.perf_counter() - start < seconds * len(candidates):
+    while turn < 7 or time.perf_counter() - start < seconds * len(candidates):
         for i in range(len(names)):
             name = names[(turn + i) % len(names)]
-            begin = clock()
-            candidates[name]()
-            times[name].append(max(clock() - begin, 1e-7))
+            times[name].append(max(candidates[name](), 1e-7))
         turn += 1
-    reference = times[names[0]]
     result = {}
     for name, own in times.items():
-        low, middle, high = statistics.quantiles([r / t for r, t in zip(reference, own, strict=True)], n=4)
-        result[name] = (middle, low, high, 1e3 * statistics.median(own))
-    return result
+        ratios = [r / t for r, t in zip(times[names[0]], own, strict=True)]
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        result[name] = {"ratio": middle, "low": low, "high": high, "ms": 1e3 * statistics.median(own)}
+    return {"times": result}
 
 
-def row(label, result):
-    first = next(iter(result))
-    cells = [f"{name} {m:.2f} [{low:.2f} {high:.2f}]" for name, (m, low, high, _) in result.items() if name != first]
-    print(f"{label:36s} {first} {result[first][3]:8.3f} ms | " + "  ".join(cells), flush=True)
-
-
-def masked(*shape, sparsity):
+def masked(*shape: int, sparsity: float) -> torch.Tensor:
     return torch.randn(*shape) * (torch.rand(*shape) >= sparsity)
 
 
-def in_blocks(out, columns, rows, cols, sparsity):
+def in_blocks(out: int, columns: int, rows: int, cols: int, sparsity: float) -> torch.Tensor:
     keep = (torch.rand(out // rows, columns // cols) >= sparsity).repeat_interleave(rows, 0).repeat_interleave(cols, 1)
     return torch.randn(out, columns) * keep
 
 
-def linear_part(threads, seconds):
-    print("\n## Linear layers, 384 rows: speedup over dense torch (MKL)")
+def peak(rows: Rows, threads: int, seconds: float) -> None:
+    def make() -> dict[str, Any]:
+        with tempfile.TemporaryDirectory() as folder:
+            program = f"{folder}/peak"
+            source = Path(__file__).with_name("peak.cpp")
+            subprocess.run(["g++", "-O3", "-march=native", "-std=c++20", "-o", program, source], check=True)
+            gflops, gigabytes = subprocess.run([program], capture_output=True, text=True, check=True).stdout.split()
+        a = torch.randn(2048, 2048)
+        mkl = compare({"mkl": timed(time.process_time, lambda: a @ a)}, seconds)["times"]["mkl"]["ms"]
+        return {"gflops": float(gflops), "gigabytes": float(gigabytes), "mkl": 2 * 2048**3 / mkl / 1e6}
+
+    if threads == 1:
+        rows.measure("peak", make)
+
+
+def linear(rows: Rows, threads: int, seconds: float) -> None:
+    def make(columns: int, out: int, sparsity: float) -> dict[str, Any]:
+        torch.manual_seed(0)
+        clock, x, bias = clock_for(threads), torch.randn(384, columns), torch.randn(out)
+        w = masked(out, columns, sparsity=sparsity)
+        csr, transposed, program = w.to_sparse_csr(), x.T.contiguous(), native.pack(w)
+        candidates = {"dense": timed(clock, lambda: F.linear(x, w, bias))}
+        for isa in native.instruction_sets():
+            if isa != "avx512vbmi2":  # the same code as avx512 here
+                run = lambda isa=isa: native.linear(x, program, bias, (out, columns), 0, isa)  # noqa: E731
+                candidates[f"panel, {isa}"] = timed(clock, run)
+        for block in ((4, 1), (1, 4)):
+            layer = SparseLinear.from_dense(in_blocks(out, columns, *block, sparsity), bias, block=block)
+            candidates["panel-{}x{}".format(*block)] = timed(clock, lambda layer=layer: layer(x))
+        candidates["torch CSR"] = timed(clock, lambda: csr @ transposed)
+        return compare(candidates, seconds)
+
     for columns, out in ((768, 3072), (3072, 768)):
-        x, bias = torch.randn(384, columns), torch.randn(out)
-        for sparsity in (0.5, 0.7, 0.8, 0.9, 0.95):
-            w = masked(out, columns, sparsity=sparsity)
-            csr, transposed = w.to_sparse_csr(), x.T.contiguous()
-            candidates = {"dense": lambda w=w, x=x, bias=bias: F.linear(x, w, bias)}
-            for isa in native.instruction_sets():
-                program = native.pack(w)
-                candidates[isa] = lambda p=program, x=x, b=bias, w=w, isa=isa: native.linear(x, p, b, tuple(w.shape), 0, isa)
-            for block in ((4, 1), (1, 4)):
-                layer = SparseLinear.from_dense(in_blocks(out, columns, *block, sparsity), bias, block=block)
-                candidates["{}x{}".format(*block)] = lambda layer=layer, x=x: layer(x)
-            candidates["torch csr"] = lambda csr=csr, t=transposed: csr @ t
-            row(f"{columns} -> {out} at {sparsity:.0%}, {threads} threads", compare(candidates, seconds, threads))
+        for sparsity in GOALS:
+            rows.measure(f"linear|{columns} -> {out}|{sparsity}|{threads}", lambda c=columns, o=out, s=sparsity: make(c, o, s))
 
 
-def vector_part(threads, seconds):
-    print("\n## One row of activations, 4096 x 4096: speedup over dense torch")
-    x = torch.randn(1, 4096)
-    for sparsity in (0.5, 0.7, 0.8, 0.9):
-        w = masked(4096, 4096, sparsity=sparsity)
+def vector(rows: Rows, threads: int, seconds: float) -> None:
+    def make(sparsity: float) -> dict[str, Any]:
+        torch.manual_seed(0)
+        clock, x, w = clock_for(threads), torch.randn(1, 4096), masked(4096, 4096, sparsity=sparsity)
         csr, column = w.to_sparse_csr(), x[0]
-        candidates = {"dense": lambda w=w: F.linear(x, w)}
+        candidates = {"dense": timed(clock, lambda: F.linear(x, w))}
         for dtype in native.VALUE_TYPES:
             layer = SparseLinear.from_dense(w, kernel="bitmask", values=dtype)
-            candidates[str(dtype).removeprefix("torch.")] = lambda layer=layer: layer(x)
-        panel = SparseLinear.from_dense(w)
-        candidates["panel"] = lambda panel=panel: panel(x)
-        candidates["torch csr"] = lambda csr=csr, column=column: csr @ column
-        row(f"4096 x 4096 at {sparsity:.0%}, {threads} threads", compare(candidates, seconds, threads))
+            candidates[str(dtype).removeprefix("torch.")] = timed(clock, lambda layer=layer: layer(x))
+        candidates["torch CSR"] = timed(clock, lambda: csr @ column)
+        return compare(candidates, seconds)
+
+    for sparsity in (0.5, 0.7, 0.8, 0.9):
+        rows.measure(f"vector|{sparsity}|{threads}", lambda s=sparsity: make(s))
 
 
-def vgg16():
-    layers, width = [], 3
-    for stage in ([64, 64], [128, 128], [256] * 3, [512] * 3, [512] * 3):
-        for out in stage:
-            layers += [nn.Conv2d(width, out, 3, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU(inplace=True)]
-            width = out
-        layers.append(nn.MaxPool2d(2))
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(512 * 4, 1000)), torch.randn(1, 3, 64, 64)
+def convert(rows: Rows, threads: int, seconds: float) -> None:
+    def make(pack: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, Any]:
+        torch.manual_seed(0)
+        w = masked(8192, 12288, sparsity=0.9)
+        clock, took = clock_for(threads), []
+        for _ in range(3):
+            start = clock()
+            pack(w)
+            took.append(clock() - start)
+        return {"weights": w.numel(), "seconds": statistics.median(took)}
+
+    for label, pack in (("panel", native.pack), ("bitmask", native.pack_bits)):
+        rows.measure(f"convert|{label}|{threads}", lambda pack=pack: make(pack))
 
 
-def convolutions():
-    layers, width = [], 3
-    for out, stride in [(64, 1), (64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), (512, 1)]:
-        layers += [nn.Conv2d(width, out, 3, stride, 1, bias=False), nn.BatchNorm2d(out), nn.ReLU(inplace=True)]
-        width = out
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 1000)), torch.randn(1, 3, 64, 64)
+def networks(rows: Rows, threads: int, seconds: float, which: str, compiled: bool) -> None:
+    for name, (make, sparsities) in NETWORKS.items():
+        for sparsity in sparsities:
+            if which in f"{name}|{sparsity}":
+                key = f"network|{name}|{sparsity}|{threads}"
+                rows.measure(key, lambda m=make, s=sparsity: network(m, s, threads, seconds, compiled))
 
 
-def minilm():
-    from secateur.models import load_model
-
-    model = load_model(f"{EXAMPLES / 'minilm.py'}:make").model
-    tokens = torch.randint(1000, 20000, (1, 128))
-    return model, {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
-
-
-def efficientnet():
-    from secateur.models import load_model
-
-    return load_model(f"{EXAMPLES / 'efficientnet_lite0.py'}:make").model, torch.randn(1, 3, 224, 224)
-
-
-NETWORKS = {
-    "3x3 convolutions, strided": convolutions,
-    "VGG-16, 64x64": vgg16,
-    "MiniLM, 128 tokens": minilm,
-    "EfficientNet-Lite0": efficientnet,
-}
-
-
-@torch.no_grad()
-def prune(model, sparsity):
-    """The smallest magnitudes of each layer; depthwise and first convolutions stay, as they carry too little to matter."""
-    for module in model.modules():
-        narrow = isinstance(module, nn.Conv2d) and (module.groups > 1 or module.in_channels <= 3)
-        if isinstance(module, (nn.Linear, nn.Conv2d)) and not narrow:
-            flat = module.weight.abs().flatten()
-            drop = flat.argsort()[: round(sparsity * flat.numel())]
-            module.weight.view(-1)[drop] = 0
-    return model.eval().requires_grad_(False)
-
-
-def network_part(threads, seconds, which):
-    print("\n## Networks end to end, batch 1: speedup over torch eager")
-    for name, make in NETWORKS.items():
-        if which and which not in name:
-            continue
-        for sparsity in (0.8, 0.9):
-            torch.manual_seed(0)
+@torch.inference_mode()
+def network(make: Callable[[float], Any], sparsity: float, threads: int, seconds: float, compiled: bool) -> dict[str, Any]:
+    """One network end to end: eager, ours, and the peers; `compiled` adds torch.compile of the masked and of the deployed."""
+    with torch.inference_mode(False):
+        case = make(sparsity)
+    clock, args = clock_for(threads), case.inputs[0]
+    layers = sum(isinstance(m, (torch.nn.Linear, torch.nn.Conv2d)) for m in case.model.modules())
+    each = min(0.1, 4 / layers)
+    models = {"eager": case.model, "deployed": deploy(case.model, case.example, seconds=each)}
+    if any(isinstance(m, torch.nn.Linear) for m in case.model.modules()) and args[0].shape[-1] == 1:  # bound by memory
+        names = ("bitmask-bfloat16", "bitmask-int8")
+        models |= {
+            name.removeprefix("bitmask-"): deploy(case.model, case.example, runtimes=[name], seconds=each) for name in names
+        }
+    notes: dict[str, str] = {}
+    if compiled:
+        for name in ("eager", "deployed"):
+            torch._dynamo.reset()
+            fast = torch.compile(models[name])
             try:
-                model, example = make()
-            except ImportError as error:
-                print(f"{name}: skipped, {error}")
-                break
-            model = prune(model, sparsity)
-            fast = deploy(model, example, seconds=0.1)
-            args, kwargs = ((), example) if isinstance(example, dict) else ((example,), {})
-            candidates = {
-                "eager": lambda m=model, a=args, k=kwargs: m(*a, **k),
-                "deployed": lambda m=fast, a=args, k=kwargs: m(*a, **k),
-            }
-            with tempfile.TemporaryDirectory() as folder:
-                candidates |= peers(model, args, kwargs, Path(folder), threads)
-                with torch.inference_mode():
-                    result = compare(candidates, seconds, threads)
-            row(f"{name} at {sparsity:.0%}, {threads} threads", result)
-            sparse = sum(layer.runtime != "dense" for layer in fast.summary.layers)
-            print(f"    {sparse} of {len(fast.summary.layers)} layers sparse, outputs differ by {fast.summary.error:.1e}")
+                fast(*args)
+                models["torch.compile" if name == "eager" else "deployed, torch.compile"] = fast
+            except Exception as error:  # the table says why
+                notes[f"torch.compile of {name}"] = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
+    checks = {key: check(case.model, model, case.inputs) for key, model in models.items() if key != "eager"}
+    error, apart = checks["deployed"]
+    if not error <= TOLERANCE or not apart > 100 * error:
+        raise SystemExit(f"outputs differ by {error:.1e} of the largest, between inputs by {apart:.1e}: the row is worthless")
+    candidates = {name: timed(clock, lambda m=model: m(*args)) for name, model in models.items()}
+    with tempfile.TemporaryDirectory() as folder, peers(case.model, args, Path(folder), threads, clock) as (others, missing):
+        row = compare(candidates | others, seconds)
+    layers = models["deployed"].summary.layers
+    sparse = sum(layer.runtime != "dense" for layer in layers)
+    return {
+        **row,
+        "errors": {key: found[0] for key, found in checks.items()},
+        "apart": apart,
+        "replaced": f"{sparse} of {len(layers)}",
+        "notes": notes | missing,
+    }
 
 
-def peers(model, args, kwargs, folder, threads):
-    """The same masked model in every other runtime that is installed."""
-    found = {}
-    if importlib.util.find_spec("onnxruntime") is None or importlib.util.find_spec("onnxscript") is None:
-        return found
-    import onnxruntime
-
-    path = folder / "model.onnx"
-    torch.onnx.export(model, args, path, kwargs=kwargs, dynamo=True, external_data=False, verbose=False)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = threads, 3
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    values = [*args, *kwargs.values()]
-    feed = {node.name: value.numpy() for node, value in zip(session.get_inputs(), values, strict=True)}
-    found["onnxruntime"] = lambda: session.run(None, feed)
-    if importlib.util.find_spec("openvino"):
-        import openvino
-
-        for label, extra in (("openvino", {}), ("openvino sparse", {"CPU_SPARSE_WEIGHTS_DECOMPRESSION_RATE": 0.75})):
-            settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32", **extra}
-            request = openvino.Core().compile_model(path, "CPU", settings).create_infer_request()
-            found[label] = lambda request=request: request.infer(feed)
-    if importlib.util.find_spec("deepsparse"):
-        try:
-            import deepsparse
-
-            engine = deepsparse.Engine(model=str(path), batch_size=1, num_cores=threads)
-            found["deepsparse"] = lambda: engine.run(list(feed.values()))
-        except Exception as error:  # end of life: whatever it no longer finds is said, and the rest goes on
-            print(f"    deepsparse does not run: {str(error).splitlines()[0]}")
-    return found
+def cell(row: dict[str, Any], name: str) -> str:
+    found = row["times"].get(name)
+    if found is None:
+        return "-"
+    wide = max(found["high"] - found["ratio"], found["ratio"] - found["low"]) > 0.05 * found["ratio"]
+    return f"{found['ratio']:.2f}" + (f" [{found['low']:.2f}, {found['high']:.2f}]" if wide else "")
 
 
-def convert_part(threads):
-    print("\n## Conversion")
-    w = masked(8192, 12288, sparsity=0.9)
-    for label, convert in (("panel", native.pack), ("bitmask", native.pack_bits)):
-        start = time.perf_counter()
-        convert(w)
-        print(f"{w.numel() / 1e6:.0f}M weights at 90% to {label}: {time.perf_counter() - start:.2f} s, {threads} threads")
+def table(head: list[str], body: list[list[str]]) -> list[str]:
+    return ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *body)]
 
 
-def main():
+def page(rows: Rows) -> str:
+    """Markdown of every row there is."""
+    dates = sorted({row["date"] for row in rows.done.values()})
+    loads = [row["load"] for row in rows.done.values()]
+    lines = ["# Sparse networks on CPUs", "", (__doc__ or "").split("\n\n")[1].replace("\n", " "), ""]
+    lines += [
+        f"Conditions: {processor()}, {os.cpu_count()} logical cores, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}, load "
+        f"{min(loads):.1f} to {max(loads):.1f}, torch {torch.__version__}, float32; kernels "
+        f"{', '.join(native.instruction_sets())}. Made by `python benchmarks/cpu_sparse.py`."
+    ]
+    for found in rows.of("peak").values():
+        peaks = f"{found['gflops']:.0f} GFLOP/s in registers, {found['mkl']:.0f} of MKL on 2048 x 2048"
+        lines += ["", f"Peaks of one thread, measured: {peaks}, {found['gigabytes']:.0f} GB/s reading memory."]
+    lines += linear_tables(rows) + vector_tables(rows) + network_tables(rows)
+    done = rows.of("convert")
+    if done:
+        lines += ["", "## Conversion", ""]
+        body = [
+            [label, t, f"{r['weights'] / 1e6:.0f} million at 90%", f"{r['seconds']:.2f} s"] for (label, t), r in done.items()
+        ]
+        lines += table(["to", "threads", "weights", "time (goal 5 s)"], body)
+    return "\n".join(lines) + "\n"
+
+
+def linear_tables(rows: Rows) -> list[str]:
+    found = rows.of("linear")
+    lines = ["", "## Linear layers, 384 rows of activations: speedup over dense torch (MKL)"] if found else []
+    for shape, threads in dict.fromkeys((key[0], key[2]) for key in found):
+        body = [[name, *(cell(found[shape, str(s), threads], name) if (shape, str(s), threads) in found else "" for s in GOALS)]
+                for name in LINEAR]  # fmt: skip
+        goals = ["goal of panel", *map(str, GOALS.values())]
+        lines += ["", f"{shape}, {threads} thread(s)", "", *table(["", *(f"{s:.0%}" for s in GOALS)], [*body, goals])]
+    return lines
+
+
+def vector_tables(rows: Rows) -> list[str]:
+    found = rows.of("vector")
+    lines = ["", "## One row of activations, 4096 x 4096: speedup over dense torch"] if found else []
+    for threads in dict.fromkeys(key[1] for key in found):
+        head = [s for s, t in found if t == threads]
+        names = list(found[head[0], threads]["times"])[1:]
+        body = [[name, *(cell(found[s, threads], name) for s in head)] for name in names]
+        dense = ", ".join(f"{found[s, threads]['times']['dense']['ms']:.2f}" for s in head)
+        lines += [
+            "",
+            f"{threads} thread(s), dense {dense} ms",
+            "",
+            *table(["values", *(f"{float(s):.0%}" for s in head)], body),
+        ]
+    return lines
+
+
+def network_tables(rows: Rows) -> list[str]:
+    found = rows.of("network")
+    if not found:
+        return []
+    names = list(dict.fromkeys(name for row in found.values() for name in row["times"] if name != "eager"))
+    order = list(NETWORKS)
+    lines = ["", "## Networks end to end, batch 1: speedup over torch eager"]
+    for threads in sorted({key[2] for key in found}):
+        body = []
+        for (name, sparsity, t), row in sorted(found.items(), key=lambda item: (order.index(item[0][0]), item[0][1])):
+            if t == threads:
+                eager = f"{row['times']['eager']['ms']:.1f}"
+                body.append([name, f"{float(sparsity):.0%}", eager, *(cell(row, n) for n in names)])
+        lines += ["", f"{threads} thread(s)", "", *table(["network", "zeros", "eager ms", *names], body)]
+    lines += [
+        "",
+        "Outputs of the deployed model against the masked dense one, on real inputs (goal 1e-4), and how far outputs for "
+        "different inputs lie apart, both over the largest output:",
+        "",
+    ]
+    body = []
+    for (name, sparsity, t), row in sorted(found.items(), key=lambda item: (order.index(item[0][0]), *item[0][1:])):
+        errors = [f"{row['errors'][k]:.1e}" if k in row["errors"] else "-" for k in ("deployed", "bfloat16", "int8")]
+        notes = "; ".join(f"{k}: {v}" for k, v in row["notes"].items())
+        body.append([name, f"{float(sparsity):.0%}", t, *errors, f"{row['apart']:.2f}", row["replaced"], notes])
+    head = ["network", "zeros", "threads", "error", "bfloat16", "int8", "apart", "layers replaced", "notes"]
+    return lines + table(head, body)
+
+
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", nargs="+", default=["linear", "vector", "networks", "convert"])
+    parser.add_argument("rows", type=Path, help="JSON file of finished rows")
+    parser.add_argument("--part", nargs="*", choices=PARTS, default=list(PARTS))
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--seconds", type=float, default=1.0, help="for each candidate of a row")
-    parser.add_argument("--network", default="", help="only networks whose name holds this")
+    parser.add_argument("--network", default="", help="only networks whose name or sparsity holds this")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--out", type=Path, help="page to write")
     options = parser.parse_args()
-    print(f"{processor()}, {os.cpu_count()} CPUs, torch {torch.__version__}, kernels {', '.join(native.instruction_sets())}")
+    rows = Rows(options.rows)
     for threads in options.threads:
         torch.set_num_threads(threads)
-        torch.manual_seed(0)
-        with torch.no_grad():
-            if "linear" in options.part:
-                linear_part(threads, options.seconds)
-            if "vector" in options.part:
-                vector_part(threads, options.seconds)
-            if "networks" in options.part:
-                network_part(threads, options.seconds, options.network)
-            if "convert" in options.part:
-                convert_part(threads)
+        for name, part in (("peak", peak), ("linear", linear), ("vector", vector), ("convert", convert)):
+            if name in options.part:
+                with torch.no_grad():
+                    part(rows, threads, options.seconds)
+        if "networks" in options.part:
+            networks(rows, threads, options.seconds, options.network, not options.no_compile)
+    text = page(rows)
+    print(text)
+    if options.out:
+        options.out.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

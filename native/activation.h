@@ -42,6 +42,7 @@ SECATEUR_INLINE vec gelu(vec x) {
 SECATEUR_INLINE vec activate(vec x, Activation kind) {
     switch (kind) {
         case Activation::relu: return x < 0.f ? vec{} : x;
+        case Activation::relu6: return x < 0.f ? vec{} : x > 6.f ? splat(6.f) : x;
         case Activation::gelu: return gelu(x);
         case Activation::silu: return x / (exp(-x) + 1.f);
         default: return x;

@@ -16,15 +16,19 @@ const Kernels* kernels();
 namespace avx512 {
 const Kernels* kernels();
 }
+namespace avx512vbmi2 {
+const Kernels* kernels();
+}
 #endif
 
 static std::vector<const Kernels*> runnable() {
     std::vector<const Kernels*> found;
 #ifdef SECATEUR_X86
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("popcnt"))
-        found.push_back(avx512::kernels());
+    const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("popcnt");
+    if (wide && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2")) found.push_back(avx512vbmi2::kernels());
+    if (wide) found.push_back(avx512::kernels());
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("popcnt"))
         found.push_back(avx2::kernels());
 #endif

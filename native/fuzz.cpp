@@ -1,6 +1,7 @@
 // Random shapes, sparsities, strides, blocks and threads against plain loops, for a build with AddressSanitizer: every
 // buffer is an allocation of exactly its size, so that a read or write one float outside is caught.
 //   fuzz [cases] [seed]
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -47,6 +48,7 @@ double activated(double x, Activation kind) {
         case Activation::relu: return x < 0 ? 0 : x;
         case Activation::gelu: return 0.5 * x * std::erfc(-x / std::sqrt(2.0));
         case Activation::silu: return x / (1 + std::exp(-x));
+        case Activation::relu6: return std::min(std::max(x, 0.0), 6.0);
         default: return x;
     }
 }
@@ -68,11 +70,11 @@ void check_linear() {
     o.column_block = static_cast<int32_t>(pick(0, 1) ? pick(1, 200) : 0), o.chunk_rows = static_cast<int32_t>(pick(0, 1) ? pick(1, 64) : 0);
     const int64_t m = any_size(200), rows = any_size(50) * o.block_rows, cols = any_size(150) * o.block_cols;
     const int64_t stride = cols + pick(0, 3);
-    const auto act = static_cast<Activation>(pick(0, 3));
+    const auto act = static_cast<Activation>(pick(0, 4));
     const int threads = static_cast<int>(pick(1, 5));
     Floats w(rows * cols, chance()), x(m ? (m - 1) * stride + cols : 0), b(rows), y(m * rows), z(m * rows), back(rows * cols);
     const bool biased = pick(0, 1);
-    const Buffer packed = pack(w.get(), rows, cols, o, threads), bits = pack_bits(w.get(), rows, cols, ValueType::float32);
+    const Buffer packed = pack(w.get(), rows, cols, o, threads), bits = pack_bits(w.get(), rows, cols, ValueType::float32, threads);
     const Program& program = as_program(packed.data.get(), packed.bytes, rows, cols);
     unpack(program, back.get());
     for (int64_t i = 0; i < w.size; ++i)
@@ -94,13 +96,40 @@ void check_linear() {
         }
 }
 
+// Rounded values are compared as they were rounded; skewed rows make some mask words spill.
+void check_rounded() {
+    const Kernels& k = any_kernels();
+    const int64_t m = pick(0, 9), rows = any_size(30), cols = any_size(700);
+    const auto type = static_cast<ValueType>(pick(0, 2));
+    const int threads = static_cast<int>(pick(1, 5));
+    Floats w(rows * cols, chance() / 2), x(m * cols), y(m * rows), rounded(rows * cols);
+    if (rows && cols)
+        for (int64_t i = pick(0, cols - 1), end = std::min(cols, i + pick(1, 80)); i < end; ++i) w.data[pick(0, rows - 1) * cols + i] = 0.5f;
+    const Buffer packed = pack_bits(w.get(), rows, cols, type, threads);
+    const Bits& bits = as_bits(packed.data.get(), packed.bytes, rows, cols);
+    unpack_bits(bits, rounded.get());
+    for (int64_t i = 0; i < w.size; ++i) compare("rounding", k, i, rounded.data[i], w.data[i], type == ValueType::float32 ? 0 : 1e3);
+    matvec(k, bits, x.get(), m, cols, y.get(), {nullptr, Activation::none}, threads);
+    for (int64_t i = 0; i < m; ++i)
+        for (int64_t r = 0; r < rows; ++r) {
+            double sum = 0, scale = 0;
+            for (int64_t c = 0; c < cols; ++c) {
+                const double term = static_cast<double>(rounded.data[r * cols + c]) * x.data[i * cols + c];
+                sum += term, scale += std::fabs(term);
+            }
+            compare("matvec rounded", k, i * rows + r, y.data[i * rows + r], sum, scale);
+        }
+}
+
 void check_conv() {
     const Kernels& k = any_kernels();
-    const int64_t groups = pick(0, 2) ? 1 : pick(1, 3), in = pick(1, 6), out = pick(1, 12);
+    const int64_t alone = pick(0, 3) == 0, groups = alone ? pick(1, 9) : pick(0, 2) ? 1 : pick(1, 3);
+    const int64_t in = alone ? 1 : pick(1, 6), out = alone ? 1 : pick(1, 12);
     ConvShape s{pick(0, 3), groups * in, 0, 0, pick(1, 4), pick(1, 4), pick(1, 3), pick(1, 3), pick(0, 3), pick(0, 3), pick(1, 2), pick(1, 2)};
-    s.height = std::max<int64_t>(1, s.dilation_h * (s.kernel_h - 1) + 1 - 2 * s.pad_h) + pick(0, 12);
-    s.width = std::max<int64_t>(1, s.dilation_w * (s.kernel_w - 1) + 1 - 2 * s.pad_w) + pick(0, 40);
-    if (pick(0, 3) == 0) s.kernel_h = s.kernel_w = s.stride_h = s.stride_w = 1, s.pad_h = s.pad_w = 0;
+    s.end_h = pick(0, 3), s.end_w = pick(0, 3);
+    s.height = std::max<int64_t>(1, s.dilation_h * (s.kernel_h - 1) + 1 - s.pad_h - s.end_h) + pick(0, 12);
+    s.width = std::max<int64_t>(1, s.dilation_w * (s.kernel_w - 1) + 1 - s.pad_w - s.end_w) + pick(0, 40);
+    if (pick(0, 3) == 0) s.kernel_h = s.kernel_w = s.stride_h = s.stride_w = 1, s.pad_h = s.pad_w = s.end_h = s.end_w = 0;
     PackOptions o;
     o.groups = static_cast<int32_t>(groups);
     o.column_block = static_cast<int32_t>(pick(0, 1) ? pick(1, 40) : 0), o.chunk_rows = static_cast<int32_t>(pick(0, 1) ? pick(1, 8) : 0);
@@ -108,7 +137,10 @@ void check_conv() {
     const int threads = static_cast<int>(pick(1, 5));
     Floats w(rows * cols, chance()), x(s.images * s.channels * s.height * s.width), b(rows), y(s.images * rows * pixels);
     const Buffer packed = pack(w.get(), rows, cols, o, threads);
-    conv2d(k, as_program(packed.data.get(), packed.bytes, rows, cols), x.get(), s, y.get(), {b.get(), Activation::none}, threads);
+    if (in == 1 && out == 1)
+        depthwise(k, w.get(), x.get(), s, y.get(), {b.get(), Activation::none}, threads);
+    else
+        conv2d(k, as_program(packed.data.get(), packed.bytes, rows, cols), x.get(), s, y.get(), {b.get(), Activation::none}, threads);
     for (int64_t n = 0; n < s.images; ++n)
         for (int64_t r = 0; r < rows; ++r)
             for (int64_t p = 0; p < pixels; ++p) {
@@ -129,6 +161,7 @@ void check_conv() {
 int main(int argc, char** argv) {
     const int64_t cases = argc > 1 ? std::atoll(argv[1]) : 1000;
     random_bits.seed(argc > 2 ? static_cast<uint64_t>(std::atoll(argv[2])) : 0);
-    for (int64_t i = 0; i < cases; ++i) pick(0, 1) ? check_linear() : check_conv();
+    void (*const checks[])() = {check_linear, check_conv, check_rounded};
+    for (int64_t i = 0; i < cases; ++i) checks[pick(0, 2)]();
     std::printf("%lld cases on %s\n", static_cast<long long>(cases), available_kernels());
 }

@@ -1,6 +1,7 @@
 // Compiled once for each instruction set, with SECATEUR_ISA, SECATEUR_WIDTH and the compiler's own flags set by CMake.
 #include "kernels.h"
 
+#include "depthwise.h"
 #include "matvec.h"
 #include "pack.h"
 #include "panel.h"
@@ -98,7 +99,7 @@ void product(const Product& job, const Unit& unit, float* scratch) {
 
 #define SECATEUR_TEXT_(x) #x
 #define SECATEUR_TEXT(x) SECATEUR_TEXT_(x)
-constexpr Kernels table = {SECATEUR_TEXT(SECATEUR_ISA), W, scratch_floats, most_vectors, product, matvec};
+constexpr Kernels table = {SECATEUR_TEXT(SECATEUR_ISA), W, scratch_floats, most_vectors, product, matvec, depthwise};
 
 }  // namespace
 

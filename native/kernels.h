@@ -7,7 +7,7 @@
 
 namespace secateur {
 
-enum class Activation : int32_t { none = 0, relu = 1, gelu = 2, silu = 3 };
+enum class Activation : int32_t { none = 0, relu = 1, gelu = 2, silu = 3, relu6 = 4 };
 
 // Where activations lie. Linear: lane l is row l, column k is x[l * row_stride + k].
 // Runs (convolution): lanes are output pixels; pixel p lies in run p / run_length, whose pixels are contiguous for every
@@ -52,6 +52,19 @@ struct MatVec {
     Activation activation;
 };
 
+// One channel of a depthwise convolution over its padded plane, whose rows are `width` apart: tap t of output (r, c) is
+// plane[offset[t] + r * width + c]. The plane may be read, and the sums written, one block of vectors too far.
+struct Depthwise {
+    const float *weight, *plane;
+    const int64_t* offset;
+    int64_t taps, width, out_h, out_w;
+    float bias;
+    Activation activation;
+    float *sums, *y;
+};
+
+constexpr int64_t kDepthwiseSlack = 128;  // floats
+
 struct Kernels {
     const char* name;
     int width;                    // floats in a vector
@@ -59,6 +72,7 @@ struct Kernels {
     int (*most_vectors)(const Program&);
     void (*product)(const Product&, const Unit&, float* scratch);
     void (*matvec)(const MatVec&, int64_t row, int64_t rows);
+    void (*depthwise)(const Depthwise&);
 };
 
 }  // namespace secateur

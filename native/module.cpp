@@ -24,9 +24,17 @@ T* pointer(uintptr_t address) {
 
 Bytes give(Buffer&& buffer) {
     char* data = buffer.data.release();
-    nb::capsule owner(data, [](void* p) noexcept { delete[] static_cast<char*>(p); });
+    nb::capsule owner(data, [](void* p) noexcept { std::free(p); });
     const size_t size = static_cast<size_t>(buffer.bytes);
     return Bytes(data, {size}, owner);
+}
+
+// Sizes of the input, and kernel, stride, padding, dilation and padding at the end; eight numbers pad both ends alike.
+ConvShape shape_of(const nb::tuple& input, const nb::tuple& geometry) {
+    const auto in = [&](int i) { return nb::cast<int64_t>(input[i]); };
+    const auto at = [&](int i) { return nb::cast<int64_t>(geometry[i]); };
+    const int end = nb::len(geometry) > 8 ? 8 : 4;
+    return {in(0), in(1), in(2), in(3), at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7), at(end), at(end + 1)};
 }
 
 const Kernels& kernels(const std::string& isa) {
@@ -62,11 +70,16 @@ NB_MODULE(_native, m) {
         "A packed program to dense [rows, cols].");
     m.def(
         "pack_bits",
-        [](uintptr_t weight, int64_t rows, int64_t cols, int type) {
+        [](uintptr_t weight, int64_t rows, int64_t cols, int type, int threads) {
             if (type < 0 || type > 2) throw std::invalid_argument("value types are 0 (float32), 1 (bfloat16) and 2 (int8)");
-            return give(pack_bits(pointer<const float>(weight), rows, cols, static_cast<ValueType>(type)));
+            Buffer out;
+            {
+                nb::gil_scoped_release release;
+                out = pack_bits(pointer<const float>(weight), rows, cols, static_cast<ValueType>(type), threads);
+            }
+            return give(std::move(out));
         },
-        "Dense [rows, cols] to a bitmask and its values.");
+        nb::arg("weight"), nb::arg("rows"), nb::arg("cols"), nb::arg("type"), nb::arg("threads") = 1, "Dense [rows, cols] to a bitmask and its values.");
     m.def(
         "unpack_bits",
         [](uintptr_t bits, int64_t bytes, int64_t rows, int64_t cols, uintptr_t weight) {
@@ -94,9 +107,7 @@ NB_MODULE(_native, m) {
     m.def(
         "conv2d",
         [](uintptr_t program, int64_t bytes, int64_t out, uintptr_t x, nb::tuple input, nb::tuple geometry, uintptr_t y, uintptr_t bias, int activation, int threads, const std::string& isa) {
-            const auto in = [&](int i) { return nb::cast<int64_t>(input[i]); };
-            const auto at = [&](int i) { return nb::cast<int64_t>(geometry[i]); };
-            const ConvShape shape{in(0), in(1), in(2), in(3), at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7)};
+            const ConvShape shape = shape_of(input, geometry);
             const Kernels& k = kernels(isa);
             const Program& weight = as_program(pointer<void>(program), bytes, out, -1);
             if (weight.cols * weight.groups != shape.channels * shape.kernel_h * shape.kernel_w)
@@ -104,5 +115,15 @@ NB_MODULE(_native, m) {
             nb::gil_scoped_release release;
             conv2d(k, weight, pointer<const float>(x), shape, pointer<float>(y), {pointer<const float>(bias), static_cast<Activation>(activation)}, threads);
         },
-        "Convolution of x[images, channels, height, width]; geometry = kernel, stride, padding, dilation as eight numbers.");
+        "Convolution of x[images, channels, height, width]; geometry = kernel, stride, padding above and left, dilation, padding below "
+        "and right, as ten numbers.");
+    m.def(
+        "depthwise",
+        [](uintptr_t weight, uintptr_t x, nb::tuple input, nb::tuple geometry, uintptr_t y, uintptr_t bias, int activation, int threads, const std::string& isa) {
+            const ConvShape shape = shape_of(input, geometry);
+            const Kernels& k = kernels(isa);
+            nb::gil_scoped_release release;
+            depthwise(k, pointer<const float>(weight), pointer<const float>(x), shape, pointer<float>(y), {pointer<const float>(bias), static_cast<Activation>(activation)}, threads);
+        },
+        "Each channel of x with its own kernel, weight[channels, height, width]; geometry as of conv2d.");
 }

@@ -55,8 +55,8 @@ void run(const Kernels& kernels, const Product& job, int threads) {
 struct Planes {
     int64_t height, width, size;
     explicit Planes(const ConvShape& s)
-        : height((s.height + 2 * s.pad_h + s.stride_h - 1) / s.stride_h),
-          width((s.width + 2 * s.pad_w + s.stride_w - 1) / s.stride_w),
+        : height((s.height + s.pad_h + s.end_h + s.stride_h - 1) / s.stride_h),
+          width((s.width + s.pad_w + s.end_w + s.stride_w - 1) / s.stride_w),
           size(s.stride_h * s.stride_w * height * width) {}
 
     void fill(const ConvShape& s, const float* image, float* to) const {
@@ -88,7 +88,7 @@ struct Planes {
 };
 
 bool is_pointwise(const ConvShape& s) {
-    return s.kernel_h * s.kernel_w == 1 && s.stride_h * s.stride_w == 1 && s.pad_h + s.pad_w == 0;
+    return s.kernel_h * s.kernel_w == 1 && s.stride_h * s.stride_w == 1 && s.pad_h + s.pad_w + s.end_h + s.end_w == 0;
 }
 
 }  // namespace
@@ -130,6 +130,26 @@ void conv2d(const Kernels& kernels, const Program& weight, const float* x, const
         job.out.y = y + first * job.out.image_stride;
         run(kernels, job, threads);
     }
+}
+
+void depthwise(const Kernels& kernels, const float* weight, const float* x, const ConvShape& s, float* y, Epilogue after, int threads) {
+    const int64_t pixels = s.out_h() * s.out_w(), taps = s.kernel_h * s.kernel_w, all = s.images * s.channels;
+    if (pixels <= 0 || all == 0) return;
+    const Planes planes(s);
+    std::vector<int64_t> offset(taps);
+    for (int64_t t = 0; t < taps; ++t) offset[t] = planes.offset(s, t / s.kernel_w, t % s.kernel_w);
+    const int64_t sums = planes.height * planes.width + kDepthwiseSlack, together = std::max<int64_t>(1, 4096 / planes.size);
+    parallel((all + together - 1) / together, threads, [&](int64_t unit) {
+        float* scratch_sums = scratch(Scratch::panel, sums);
+        float* plane = scratch(Scratch::input, planes.size + kDepthwiseSlack);
+        std::memset(plane + planes.size, 0, kDepthwiseSlack * sizeof(float));
+        for (int64_t i = unit * together; i < std::min(all, (unit + 1) * together); ++i) {
+            const int64_t c = i % s.channels;
+            planes.fill(s, x + i * s.height * s.width, plane);
+            kernels.depthwise({weight + c * taps, plane, offset.data(), taps, planes.width, s.out_h(), s.out_w(),
+                               after.bias ? after.bias[c] : 0.f, after.activation, scratch_sums, y + i * pixels});
+        }
+    });
 }
 
 void matvec(const Kernels& kernels, const Bits& weight, const float* x, int64_t m, int64_t stride, float* y, Epilogue after, int threads) {

@@ -56,6 +56,10 @@ struct Program {
 };
 
 // Weights of a matrix-vector product: one bit per position, and the kept values of each row one after another.
+//
+// Where few bits are set, a mask word is taken as a whole: its set bits name the lanes of x to multiply. `groups` bounds how
+// many vectors of 16 values a word may need (0: no bound, 16 columns at a time are spread instead); what a word keeps beyond
+// that is spilled: its columns are listed by number and its values stand at the end of the row. So no branch depends on a mask.
 enum class ValueType : int32_t { float32 = 0, bfloat16 = 1, int8 = 2 };
 
 constexpr uint32_t kBitsMagic = 0x42434553;  // "SECB"
@@ -66,7 +70,8 @@ struct Bits {
     int64_t bytes;
     int64_t rows, cols, words;  // words: 64-bit mask words of one row
     int64_t nonzeros;
-    int64_t mask_at, start_at, scale_at, value_at;
+    int64_t groups;             // vectors of 16 values a mask word may need, 0 without a bound
+    int64_t mask_at, start_at, scale_at, spill_at, column_at, value_at;
 
     template <class T>
     const T* at(int64_t offset) const {
@@ -75,6 +80,8 @@ struct Bits {
     const uint64_t* mask() const { return at<uint64_t>(mask_at); }
     const int64_t* start() const { return at<int64_t>(start_at); }  // rows + 1
     const float* scale() const { return at<float>(scale_at); }      // one a row, int8 only
+    const int64_t* spill() const { return at<int64_t>(spill_at); }  // rows + 1: where the spilled columns of a row start
+    const int32_t* column() const { return at<int32_t>(column_at); }
 };
 
 }  // namespace secateur

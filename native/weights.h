@@ -2,14 +2,19 @@
 #pragma once
 
 #include <cstdint>
+#include <cstdlib>
 #include <memory>
 
 #include "program.h"
 
 namespace secateur {
 
+struct Release {
+    void operator()(char* data) const { std::free(data); }
+};
+
 struct Buffer {
-    std::unique_ptr<char[]> data;
+    std::unique_ptr<char, Release> data;
     int64_t bytes = 0;
 };
 
@@ -23,7 +28,7 @@ struct PackOptions {
 Buffer pack(const float* weight, int64_t rows, int64_t cols, const PackOptions& options, int threads);
 void unpack(const Program& program, float* weight);
 
-Buffer pack_bits(const float* weight, int64_t rows, int64_t cols, ValueType type);
+Buffer pack_bits(const float* weight, int64_t rows, int64_t cols, ValueType type, int threads);
 void unpack_bits(const Bits& bits, float* weight);
 
 // The buffer seen as what it claims to be. Throws std::invalid_argument where its header does not fit the buffer, or the

@@ -21,7 +21,7 @@ from secateur.layer_dropping import plan_blocks
 from secateur.layers import check_finite, find_layers, matches
 from secateur.patterns import Units
 from secateur.recipe import Recipe
-from secateur.repair_units import refit
+from secateur.repair_units import refit, write
 from secateur.select import removed_count
 from secateur.sparsity import check_sparsity
 from secateur.types import MaskSet, Plan, Sensitivity
@@ -139,13 +139,12 @@ def cut_units(model: nn.Module, job: UnitJob, *, inplace: bool = False) -> Small
     notes = list(chosen.notes)
     changes: Mapping[str, Tensor] = {}
     if job.recipe.repair != "none" and job.batches is not None:
-        repaired = refit(model, chosen.plan, job.batches, bias_only=job.recipe.repair == "bias", seed=job.recipe.seed)
+        bias_only = job.recipe.repair == "bias"
+        repaired = refit(model, smaller, chosen.plan, job.batches, bias_only=bias_only, seed=job.recipe.seed)
         changes, notes = repaired.tensors, [*notes, *repaired.notes]
     if inplace:
         smaller = cut(model, chosen.plan, inplace=True)
-    with torch.no_grad():
-        for name, tensor in changes.items():
-            smaller.get_parameter(name).copy_(tensor)
+    write(smaller, changes)
     checked = f"on the example the cut model gives the output of the {against} within {error:.1e} (relative)"
     return Smaller(smaller, chosen.plan, masks, (*notes, checked))
 

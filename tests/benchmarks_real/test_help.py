@@ -11,7 +11,7 @@ import pytest
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
-@pytest.mark.parametrize("name", ["chita", "efficientnet", "lenet", "mlpnet"])
+@pytest.mark.parametrize("name", ["chita", "efficientnet", "lenet", "mlpnet", "structured_accuracy"])
 def test_help_names_the_page_it_writes_and_the_quick_run(name):
     done = subprocess.run(
         [sys.executable, BENCHMARKS / f"{name}.py", "--help"], capture_output=True, text=True, check=True, cwd=BENCHMARKS.parent

@@ -111,13 +111,15 @@ def test_methods_lists_every_registered_piece(tmp_path):
 
 
 def test_deploy_shows_each_layer_and_never_a_slower_model(run_dir):
-    summary = json.loads(
-        secateur("deploy", "runs/magnitude-90", "--data", TEST, "--out", "fast.safetensors", "--json", cwd=run_dir)
-    )
+    outputs = ("--out", "fast.safetensors", "--report", "fast.html")
+    summary = json.loads(secateur("deploy", "runs/magnitude-90", "--data", TEST, *outputs, "--json", cwd=run_dir))
     assert summary["error"] < 1e-4
     assert {layer["name"] for layer in summary["layers"]} >= {"1.0.conv1", "4"}
     assert all(layer["reason"] for layer in summary["layers"] if layer["runtime"] == "dense")
     assert (run_dir / "fast.safetensors").exists()
+    assert "Time of each layer" in (run_dir / "fast.html").read_text(encoding="utf-8")
+    found = json.loads(secateur("measure", "runs/magnitude-90", "--data", TEST, "--layers", "--json", cwd=run_dir))
+    assert [layer["name"] for layer in found["deployed"]["layers"]] == [layer["name"] for layer in summary["layers"]]
 
 
 def test_doctor(tmp_path):

@@ -9,6 +9,7 @@ from torch import nn
 
 from secateur.errors import ArtifactError, UnknownName
 from secateur.runtime import RUNTIMES, SparseConv2d, SparseLinear, deploy, fold, load, native, save
+from secateur.runtime.modules import DepthwiseConv2d
 from secateur.runtime.pool import SlicedMaxPool2d
 
 
@@ -149,6 +150,68 @@ def test_runtimes_can_be_chosen_and_refuse_with_reasons():
     assert RUNTIMES["panel-4x1"].make().refuses(model[2], torch.randn(20, 288)).startswith("its zeros form no blocks")
 
 
+class SamePadded(nn.Conv2d):
+    """Pads with a module of its own, more at the end, as networks ported from TensorFlow do."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.pad = nn.ZeroPad2d((0, 1, 0, 1))
+
+    def forward(self, x):
+        return nn.functional.conv2d(self.pad(x), self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+
+
+class Inverted(nn.Module):
+    """Two layers behind which one and the same activation stands, the second of them depthwise with stride."""
+
+    def __init__(self):
+        super().__init__()
+        self.expand, self.act = nn.Conv2d(16, 96, 1), nn.ReLU6()
+        self.depth = SamePadded(96, 96, 3, stride=2, groups=96)
+        self.project = nn.Conv2d(96, 16, 1)
+
+    def forward(self, x):
+        return self.project(self.act(self.depth(self.act(self.expand(x)))))
+
+
+def test_a_shared_activation_goes_into_all_its_layers_or_none(tmp_path):
+    model = prune(Inverted(), 0.9)
+    with torch.no_grad():
+        model.depth.weight.normal_()
+    x = 9 * torch.randn(4, 16, 56, 56)
+    fast = deploy(model, x, runtimes=["panel", "depthwise"], seconds=0.02)
+    layers = {layer.name: layer for layer in fast.summary.layers}
+    both = isinstance(fast.expand, SparseConv2d) and isinstance(fast.depth, DepthwiseConv2d)
+    assert isinstance(fast.act, nn.Identity) == both
+    assert [bool(layers[name].fused) for name in ("expand", "depth")] == [both, both]
+    with torch.inference_mode():
+        torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-4)
+    alone = deploy(model, x, runtimes=["panel"], seconds=0.02)
+    assert isinstance(alone.act, nn.ReLU6)  # it also serves the depthwise layer, which stays dense
+    with torch.inference_mode():
+        torch.testing.assert_close(alone(x), model(x), rtol=1e-4, atol=1e-4)
+        save(fast, tmp_path / "fast.safetensors")
+        assert torch.equal(load(tmp_path / "fast.safetensors", Inverted())(x), fast(x))
+
+
+def test_padding_modules_inside_a_convolution_are_understood():
+    conv = prune(nn.Sequential(SamePadded(32, 64, 3, stride=2)), 0.9)
+    x = torch.randn(2, 32, 40, 40)
+    assert RUNTIMES["panel"].make().refuses(conv[0], x) is None
+    torch.testing.assert_close(SparseConv2d.from_conv(conv[0])(x), conv(x), rtol=1e-4, atol=1e-5)
+    conv[0].pad = nn.ReflectionPad2d((0, 1, 0, 1))
+    assert "computes something else" in RUNTIMES["panel"].make().refuses(conv[0], x)
+
+
+def test_rounding_runtimes_are_tried_only_by_name():
+    model = prune(nn.Sequential(nn.Linear(2048, 2048)), 0.7)
+    x = torch.randn(1, 2048)
+    assert not {"bitmask-bfloat16", "bitmask-int8"} & set(deploy(model, x, seconds=0.02).summary.layers[0].sparse_ms)
+    fast = deploy(model, x, runtimes=["bitmask-int8"], seconds=0.02)
+    assert fast[0].values == torch.int8
+    assert 1e-4 < fast.summary.error < 0.05
+
+
 def test_blocks_are_found_by_their_zeros():
     layer = nn.Linear(256, 64).requires_grad_(False)
     keep = (torch.rand(16, 256) >= 0.9).repeat_interleave(4, dim=0)
@@ -221,7 +284,7 @@ def test_subclasses_are_taken_only_for_what_they_compute():
 def test_private_activations_go_into_the_kernel(inplace, tmp_path):
     def make():
         convs = [nn.Conv2d(64, 128, 3, padding=1, bias=False), nn.BatchNorm2d(128), nn.ReLU(inplace=inplace)]
-        return nn.Sequential(*convs, nn.Conv2d(128, 128, 1), nn.GELU(), nn.Flatten(), nn.Linear(128 * 256, 64), nn.ReLU6())
+        return nn.Sequential(*convs, nn.Conv2d(128, 128, 1), nn.GELU(), nn.Flatten(), nn.Linear(128 * 256, 64), nn.Hardswish())
 
     model, x = prune(make(), 0.95), torch.randn(4, 64, 16, 16)
     fast = deploy(model, x, seconds=0.05)

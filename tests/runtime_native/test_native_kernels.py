@@ -12,7 +12,7 @@ from secateur.errors import LayerError
 from secateur.runtime import native
 from secateur.runtime.native import Geometry
 
-ACTIVATE = [lambda y: y, F.relu, F.gelu, F.silu]
+ACTIVATE = [lambda y: y, F.relu, F.gelu, F.silu, F.relu6]
 SIZES = st.sampled_from([1, 2, 3, 4, 7, 15, 16, 17, 31, 33, 64, 65, 127, 128, 130, 257])
 isas = st.sampled_from(native.instruction_sets() or ("none",))
 
@@ -28,7 +28,7 @@ def assert_close(got, expected):
 
 @settings(max_examples=150)
 @given(
-    m=SIZES, out=SIZES, columns=SIZES, density=st.floats(0, 1), isa=isas, act=st.integers(0, 3), biased=st.booleans(),
+    m=SIZES, out=SIZES, columns=SIZES, density=st.floats(0, 1), isa=isas, act=st.integers(0, 4), biased=st.booleans(),
     block=st.sampled_from(native.BLOCKS), wide=st.one_of(st.none(), st.integers(1, 300)), tall=st.integers(1, 64),
     threads=st.integers(1, 5), seed=st.integers(0, 1000),
 )  # fmt: skip
@@ -67,6 +67,40 @@ def test_convolution_equals_torch(
     torch.set_num_threads(threads)
     got = native.conv2d(x, program, bias, (w.shape[0], x.shape[1]), Geometry(kernel, stride, padding, dilation), 0, isa)
     assert_close(got, expected)
+
+
+@settings(max_examples=100)
+@given(
+    batch=st.integers(1, 3), channels=st.integers(1, 20), kernel=pairs(st.integers(1, 5), st.integers(1, 5)),
+    stride=pairs(small, small), dilation=pairs(small, small), start=pairs(small, small), end=pairs(small, small),
+    extra=pairs(st.integers(0, 20), st.integers(0, 50)), isa=isas, act=st.integers(0, 4), threads=st.integers(1, 4),
+)  # fmt: skip
+def test_depthwise_equals_torch(batch, channels, kernel, stride, dilation, start, end, extra, isa, act, threads):
+    sizes = zip(dilation, kernel, start, end, strict=True)
+    least = [max(1, d * (k - 1) + 1 - p - e) for d, k, p, e in sizes]
+    x = torch.randn(batch, channels, least[0] + extra[0], least[1] + extra[1])
+    w, bias = torch.randn(channels, 1, *kernel), torch.randn(channels)
+    padded = F.pad(x, (start[1], end[1], start[0], end[0]))
+    expected = ACTIVATE[act](F.conv2d(padded, w, bias, stride, 0, dilation, channels))
+    geometry = Geometry(kernel, stride, start, dilation, end)
+    torch.set_num_threads(threads)
+    assert_close(native.depthwise(x, w, bias, geometry, act, isa), expected)
+    program = native.pack(w.flatten(1), groups=channels)
+    assert_close(native.conv2d(x, program, bias, (channels, channels), geometry, act, isa), expected)
+
+
+@pytest.mark.parametrize("isa", native.instruction_sets())
+@pytest.mark.parametrize("dtype", native.VALUE_TYPES)
+@pytest.mark.parametrize("density", [0.05, 0.2, 0.3, 0.6])
+def test_crowded_mask_words_spill_and_come_back(dtype, density, isa):
+    w = sparse(9, 500, density=density)
+    w[::2, 64:128] = torch.randn(5, 64)  # far more than a word is given room for at low densities
+    bits = native.pack_bits(w, dtype)
+    stored = native.unpack_bits(bits, w.shape)
+    assert torch.equal(native.unpack_bits(native.pack_bits(stored, dtype), w.shape), stored)
+    torch.testing.assert_close(stored, w, rtol=1e-2, atol=2e-2 if dtype == torch.int8 else 0)
+    x = torch.randn(7, 500)
+    assert_close(native.matvec(x, bits, None, (9, 500), 0, isa), F.linear(x, stored))
 
 
 @pytest.mark.parametrize("isa", native.instruction_sets())
@@ -167,6 +201,8 @@ def test_what_does_not_fit_is_refused_with_a_reason():
         native.linear(torch.randn(3, 16), program[:-1], None, shape)
     with pytest.raises(ValueError, match="cannot run"):
         native.linear(torch.randn(3, 16), program, None, shape, 0, "sse9")
+    with pytest.raises(LayerError, match="depthwise weight"):
+        native.depthwise(torch.randn(1, 4, 5, 5), torch.randn(4, 2, 3, 3), None, Geometry((3, 3), (1, 1), (1, 1), (1, 1)))
     with pytest.raises(LayerError, match="smaller than"):
         native.conv2d(torch.randn(1, 16, 2, 2), program, None, (8, 16), Geometry((5, 5), (1, 1), (0, 0), (1, 1)))
 

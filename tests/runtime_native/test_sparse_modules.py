@@ -9,6 +9,7 @@ from torch import nn
 
 from secateur.errors import LayerError
 from secateur.runtime import SparseConv2d, SparseLinear
+from secateur.runtime.modules import DepthwiseConv2d
 
 
 def pruned(module: nn.Module, sparsity: float = 0.8) -> nn.Module:
@@ -27,6 +28,7 @@ CONVS = [
     {"in_channels": 6, "out_channels": 9, "kernel_size": (3, 5), "stride": (2, 1), "padding": "valid", "groups": 3},
     {"in_channels": 4, "out_channels": 8, "kernel_size": 5, "padding": "same", "dilation": 2, "bias": False},
     {"in_channels": 12, "out_channels": 8, "kernel_size": 1},
+    {"in_channels": 4, "out_channels": 4, "kernel_size": (2, 4), "padding": "same"},
 ]
 
 
@@ -101,8 +103,10 @@ def test_operators_pass_their_own_checks():
     _, masked, _ = linear(kernel="bitmask")
     torch.library.opcheck(ops.sparse_matvec, (x, masked.program, None, 40, 1), test_utils=tests)
     conv = SparseConv2d.from_conv(pruned(nn.Conv2d(4, 6, 3, stride=2, padding=1)))
-    args = (torch.randn(2, 4, 9, 9), conv.program, conv.bias, 6, [3, 3, 2, 2, 1, 1, 1, 1], 0)
+    args = (torch.randn(2, 4, 9, 9), conv.program, conv.bias, 6, [3, 3, 2, 2, 1, 1, 1, 1, 1, 1], 0)
     torch.library.opcheck(ops.sparse_conv2d, args, test_utils=tests)
+    depthwise = (torch.randn(2, 4, 9, 9), torch.randn(4, 1, 3, 3), None, [3, 3, 1, 1, 1, 1, 1, 1, 0, 2], 4)
+    torch.library.opcheck(ops.depthwise_conv2d, depthwise, test_utils=tests)
 
 
 def test_compile_and_export_pass_through():
@@ -121,8 +125,10 @@ def test_what_cannot_be_is_refused():
     _, layer, x = linear()
     with pytest.raises(LayerError, match="reflect"):
         SparseConv2d.from_conv(nn.Conv2d(2, 2, 3, padding=1, padding_mode="reflect"))
-    with pytest.raises(LayerError, match="not symmetric"):
-        SparseConv2d.from_conv(nn.Conv2d(2, 2, 2, padding="same"))
+    with pytest.raises(LayerError, match="one group"):
+        SparseConv2d((4, 4, 3, 3), groups=0)
+    with pytest.raises(LayerError, match="depthwise"):
+        DepthwiseConv2d((4, 2, 3, 3))
     with pytest.raises(LayerError, match="activations"):
         SparseLinear(3, 3, activation="tanh")
     with pytest.raises(LayerError, match="bitmask"):

@@ -27,6 +27,15 @@ def command(
             rich_help_panel=o.RUN,
         ),
     ] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            "--report",
+            help="Page to write: the time of each layer, dense and sparse, as a picture and a table.",
+            show_default=False,
+            rich_help_panel=o.RUN,
+        ),
+    ] = None,
     threads: o.Threads = None,
     json: o.Json = False,
 ) -> None:
@@ -46,15 +55,21 @@ def command(
         fast: Any = sc.deploy(inputs.loaded.model, inputs.example)
     if to is not None:
         save(fast, to)
+    if report is not None:
+        from secateur.cli.report import write_page
+        from secateur.report.deployed import render_deployed
+
+        write_page(report, render_deployed(fast.summary, f"{inputs.loaded.name or model} deployed"))
     if json:
         print_json(fast.summary)
         return
-    out.print(_table(fast.summary))
+    out.print(layer_table(fast.summary))
     for note in fast.summary.notes:
         err.print(f"note: {note}", markup=False)
 
 
-def _table(summary: Any) -> Any:
+def layer_table(summary: Any) -> Any:
+    """The layers of a deployed model: what runs where, dense and sparse milliseconds, and why not."""
     from rich.table import Table
 
     title = (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -21,6 +21,14 @@ def command(
     latency: Annotated[
         bool, typer.Option("--latency/--no-latency", help="Time the forward pass.", rich_help_panel=o.RUN)
     ] = True,
+    layers: Annotated[
+        bool,
+        typer.Option(
+            "--layers/--no-layers",
+            help="Also time each layer, dense and in the sparse runtimes, as deploy does; needs --data.",
+            rich_help_panel=o.RUN,
+        ),
+    ] = False,
     threads: o.Threads = None,
     json: o.Json = False,
 ) -> None:
@@ -28,14 +36,23 @@ def command(
 
     Example: secateur measure torchvision:resnet18
     """
+    from dataclasses import asdict
+
     import secateur as sc
+    from secateur.cli.deploy import layer_table
     from secateur.cli.sources import load_inputs
+    from secateur.errors import DataError
     from secateur.report.terminal import measurement
 
     with progress_bars(json):
         inputs = load_inputs(model, data=data, test=test, evaluate=evaluate, batch_size=batch_size, threads=threads)
+        if layers and inputs.example is None:
+            raise DataError("layers are timed on a batch: give --data, of the batch size the model will meet (--batch-size)")
         found = sc.measure(inputs.loaded.model, inputs.example, evaluate=inputs.evaluate, latency=latency)
+        fast: Any = sc.deploy(inputs.loaded.model, inputs.example) if layers else None
     if json:
-        print_json(found)
-    else:
-        out.print(measurement(found))
+        print_json({**asdict(found), "deployed": fast.summary} if layers else found)
+        return
+    out.print(measurement(found))
+    if layers:
+        out.print(layer_table(fast.summary))

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import chain
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from secateur.data.batches import Batch, device_of, inputs_of, size_of, to_device
 from secateur.errors import ModelError, RecipeError
@@ -59,12 +59,16 @@ def compare_latency(
     warmup: int | None = None,
     seconds: float = 1.0,
     threads: int | None = None,
+    cpu_time: bool = False,
+    evict: Tensor | None = None,
 ) -> dict[str, Comparison]:
     """Time several models on the same example, the first being the reference of the others.
 
     Models take turns run by run, each round beginning with another one, so that what disturbs the machine disturbs all of
     them alike; ratios are taken within a round, and their median is given. `seconds` is for each model; the rest is as
-    for `latency`.
+    for `latency`. With `cpu_time` the processor's time of the calling thread counts instead of the clock on the wall, which
+    other programs do not disturb, but which is the whole only on one thread without an accelerator. `evict`, larger than the
+    caches, is read before every run, so that weights come from memory as they do for a layer of a large model.
     """
     if not models:
         raise RecipeError("there is no model to time")
@@ -73,7 +77,8 @@ def compare_latency(
         used = stack.enter_context(using_threads(threads))
         for model in models.values():
             stack.enter_context(evaluating(model))
-        timers = {name: _Timer(model, example) for name, model in models.items()}
+        clock = time.thread_time if cpu_time else time.perf_counter
+        timers = {name: _Timer(model, example, clock, evict) for name, model in models.items()}
         rounds = _rounds(list(timers.values()), runs, warmup, seconds)
     reference = rounds[0]
     return {
@@ -85,18 +90,26 @@ def compare_latency(
 class _Timer:
     """Calls one model on the example and tells the seconds it took."""
 
-    def __init__(self, model: nn.Module, example: Batch):
-        self._model, self._device = model, device_of(model)
+    def __init__(
+        self,
+        model: nn.Module,
+        example: Batch,
+        clock: Callable[[], float] = time.perf_counter,
+        evict: Tensor | None = None,
+    ):
+        self._model, self._device, self._clock, self._evict = model, device_of(model), clock, evict
         if self._device.type == "meta":
             raise ModelError("the model is on the meta device and cannot run. Load its weights first.")
         self._args, self._kwargs = inputs_of(to_device(example, self._device))
 
     def __call__(self) -> float:
+        if self._evict is not None:
+            self._evict.sum()
         self._wait()
-        start = time.perf_counter()
+        start = self._clock()
         self._model(*self._args, **self._kwargs)
         self._wait()
-        return time.perf_counter() - start
+        return self._clock() - start
 
     def _wait(self) -> None:
         if self._device.type != "cpu":

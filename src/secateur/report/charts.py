@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
+    from secateur.report.deployed import LayerTime
+
 MOST_BARS = 40  #: layers up to which each has a bar with its name; above, all are drawn side by side without names
 HIGHLIGHTED = 6  #: sensitivity curves that are drawn in colour and numbered
 MARKERS = "os^DvPX*"  #: shapes by label, with `MARKER_SIGNS` their signs in running text
@@ -64,6 +66,45 @@ def layer_skyline(layers: Sequence[LayerReport], overall: float, width: float) -
     axes.set_ylim(0, 100)
     axes.set_yticks(range(0, 101, 25), [f"{t}%" for t in range(0, 101, 25)])
     _label(axes, "Position of the layer in the model", "")
+    return figure
+
+
+@drawn
+def time_bars(layers: Sequence[LayerTime], width: float) -> Figure:
+    """Two horizontal bars for each layer: milliseconds dense and in the best sparse runtime, pale where dense was faster."""
+    longest = max(len(fmt.printable(layer.name)) for layer in layers)
+    limit = min(longest, int(width * 0.42 / 6.3))
+    figure = new_figure(width, 30 * len(layers) + 48)
+    axes = new_axes(figure, 6.3 * limit + 14, 60, 6, 42)
+    rows = range(len(layers))
+    shades = [colour("leaf" if layer.replaced else "leaf-soft") for layer in layers]
+    axes.barh([row - 0.19 for row in rows], [layer.dense_ms or 0.0 for layer in layers], height=0.34, color=colour("muted"))
+    axes.barh([row + 0.19 for row in rows], [layer.sparse_ms or 0.0 for layer in layers], height=0.34, color=shades)
+    axes.set_yticks(rows, [fmt.shorten(fmt.printable(layer.name), limit) for layer in layers], color=colour("ink"))
+    axes.set_ylim(len(layers) - 0.4, -0.6)
+    for row, layer in enumerate(layers):
+        dense, sparse = layer.dense_ms or 0.0, layer.sparse_ms or 0.0
+        text = f"{dense / sparse:.1f}x" if layer.replaced and sparse else "dense"
+        axes.annotate(text, (max(dense, sparse), row), (5, 0), textcoords="offset points", va="center", color=colour("ink"))
+    axes.set_xlim(0, None)
+    axes.xaxis.set_major_locator(_few_ticks())
+    _label(axes, "Milliseconds", "")
+    return figure
+
+
+@drawn
+def time_skyline(layers: Sequence[LayerTime], width: float) -> Figure:
+    """Milliseconds of very many layers side by side in the model's order: dense behind, the best sparse runtime before."""
+    figure = new_figure(width, 260)
+    axes = new_axes(figure, 48, 12, 12, 42)
+    edges = [i + 0.5 for i in range(len(layers) + 1)]
+    axes.stairs([layer.dense_ms or 0.0 for layer in layers], edges, fill=True, color=colour("muted"), linewidth=0)
+    for shade, chosen in (("leaf-soft", False), ("leaf", True)):
+        heights = [(layer.sparse_ms or 0.0) if layer.replaced == chosen else 0.0 for layer in layers]
+        axes.stairs(heights, edges, fill=True, color=colour(shade), linewidth=0)
+    axes.set_xlim(edges[0], edges[-1])
+    axes.set_ylim(0, None)
+    _label(axes, "Position of the layer in the model", "Milliseconds")
     return figure
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from markupsafe import Markup
 
 MOST_SMALL = 24  #: small pictures (histograms, masks) of one kind
-_WIDE, _NARROW, _HALF = 880, 360, 390  #: widths that charts are drawn for, in CSS pixels
+WIDE, NARROW, _HALF = 880, 360, 390  #: widths that charts are drawn for, in CSS pixels
 
 
 def render(report: Report) -> str:
@@ -34,7 +34,7 @@ def render(report: Report) -> str:
         Path("report.html").write_text(render(result.report), encoding="utf-8")
     """
     metric = main_metric(report)
-    context: dict[str, Any] = {
+    context = empty_context() | {
         "title": report.title,
         "verdict": verdict(report),
         "tiles": _tiles(report),
@@ -49,9 +49,8 @@ def render(report: Report) -> str:
         "notes": report.notes,
         "recipe": report.recipe.strip(),
         "environment": report.environment,
-        "runs": None,
     }
-    return _page(context)
+    return page(context)
 
 
 def render_comparison(reports: Sequence[Report], title: str = "Comparison") -> str:
@@ -63,27 +62,25 @@ def render_comparison(reports: Sequence[Report], title: str = "Comparison") -> s
         raise SecateurError("there is no report to compare: give at least one")
     table = rows.comparison_rows(reports)
     points = rows.comparison_points(reports)
-    context: dict[str, Any] = {
+    context = empty_context() | {
         "title": title,
         "verdict": f"{fmt.plural(len(reports), 'run')} side by side.",
-        "tiles": (),
-        "rows": (),
-        "seconds": "",
-        "layers": None,
-        "sensitivity": None,
         "curves": _curves(points, main_metric(reports[0]), reports[0]) if points else None,
-        "histograms": None,
-        "masks": None,
-        "skipped": {},
         "notes": tuple(f"{name}: {note}" for name, r in zip(rows.titles(reports), reports, strict=True) for note in r.notes),
-        "recipe": "",
         "environment": _shared([r.environment for r in reports]),
         "runs": table,
     }
-    return _page(context)
+    return page(context)
 
 
-def _page(context: dict[str, Any]) -> str:
+def empty_context() -> dict[str, Any]:
+    """Every part of the page, left out."""
+    parts = ("timings", "layers", "sensitivity", "curves", "histograms", "masks", "runs")
+    return {"tiles": (), "rows": (), "seconds": "", "skipped": {}, "notes": (), "recipe": "", **dict.fromkeys(parts)}
+
+
+def page(context: dict[str, Any]) -> str:
+    """The template filled with a context that has every key of `empty_context`."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
@@ -118,7 +115,8 @@ def _asset(name: str) -> str:
     return resources.files("secateur.report").joinpath("page", name).read_text(encoding="utf-8")
 
 
-def _svg(figure: Any, key: str, label: str) -> Markup:
+def inline_svg(figure: Any, key: str, label: str) -> Markup:
+    """A chart as SVG in the page; `key` is unique there, `label` what readers of the screen hear."""
     from markupsafe import Markup
 
     return Markup(to_svg(figure, key, fmt.printable(label)))
@@ -156,8 +154,8 @@ def _layers(report: Report) -> dict[str, Any] | None:
     )
     table = rows.layer_rows(report)
     return {
-        "wide": _svg(draw(report.layers, overall, _WIDE), "layers-wide", label),
-        "narrow": _svg(draw(report.layers, overall, _NARROW), "layers-narrow", label),
+        "wide": inline_svg(draw(report.layers, overall, WIDE), "layers-wide", label),
+        "narrow": inline_svg(draw(report.layers, overall, NARROW), "layers-narrow", label),
         "named": draw is charts.layer_bars,
         "overall": fmt.share(overall),
         "table": table,
@@ -181,8 +179,8 @@ def _sensitivity(report: Report, metric: Metric | None) -> dict[str, Any] | None
     steps = list(dict.fromkeys(s for r in sorted(ranked, key=lambda r: -len(r.sparsity)) for s in r.sparsity))
     steps.sort(key=lambda s: float(s.rstrip("%")))
     return {
-        "wide": _svg(charts.sensitivity(ranked, metric, before, 540), "sensitivity-wide", label),
-        "narrow": _svg(charts.sensitivity(ranked, metric, before, _NARROW), "sensitivity-narrow", label),
+        "wide": inline_svg(charts.sensitivity(ranked, metric, before, 540), "sensitivity-wide", label),
+        "narrow": inline_svg(charts.sensitivity(ranked, metric, before, NARROW), "sensitivity-narrow", label),
         "top": [(i, r) for i, r in enumerate(ranked[: charts.HIGHLIGHTED])],
         "others": max(len(ranked) - charts.HIGHLIGHTED, 0),
         "rows": ranked,
@@ -203,7 +201,7 @@ def _curves(points: Sequence[Point], metric: Metric | None, report: Report) -> d
         if field == "sparsity" or len(values) > 1:
             label = f"{metric.label} against {words} for {fmt.plural(len(points), 'model')}; the table has the figures."
             figure = charts.tradeoff(points, field, metric, before, _HALF)
-            drawn.append({"title": f"{metric.label} and {words}", "svg": _svg(figure, f"curve-{field}", label)})
+            drawn.append({"title": f"{metric.label} and {words}", "svg": inline_svg(figure, f"curve-{field}", label)})
     table = rows.point_rows(points, metric)
     names = dict.fromkeys(fmt.printable(p.label) for p in points)
     return {
@@ -224,7 +222,7 @@ def _histograms(layers: Sequence[LayerReport]) -> dict[str, Any] | None:
     for i, layer in enumerate(shown):
         left = f"{fmt.count(layer.kept)} of {fmt.count(layer.parameters)} left"
         label = f"Histogram of the weights of {layer.name} before and after: {left}"
-        items.append({"name": layer.name, "detail": left, "svg": _svg(charts.histogram(layer), f"histogram-{i}", label)})
+        items.append({"name": layer.name, "detail": left, "svg": inline_svg(charts.histogram(layer), f"histogram-{i}", label)})
     return {"items": items, "left_out": len(having) - len(shown)} if items else None
 
 

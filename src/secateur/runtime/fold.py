@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 _PRODUCERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu, "relu6": F.relu6}
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
@@ -44,7 +44,7 @@ class Pair(NamedTuple):
 def find_pairs(
     model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], follows: Callable[[nn.Module], bool]
 ) -> list[Pair]:
-    """Linear and convolution layers with a follower for which `follows` is true, both called exactly once.
+    """Linear and convolution layers, called once, with a follower for which `follows` is true and which serves nothing else.
 
     Runs the model once, in evaluation mode. Control flow does not matter: what is watched is the tensors themselves. A
     follower that works in place may hand the tensor on: whoever reads it afterwards reads the follower's result.
@@ -75,7 +75,9 @@ def find_pairs(
     shown = {id(leaf) for leaf in tree_leaves(outputs)}
     reads = {key: in_place.get(key, watch.uses[key] + (key in shown)) for key, _ in pairs}
     found = [Pair(watch.made[key][0], follower, watch.made[key][2]) for key, follower in pairs if reads[key] == 1]
-    return [p for p in found if calls[p.layer] == calls[p.follower] == 1 and isinstance(p.x, Tensor) and is_plain(p.layer)]
+    found = [p for p in found if calls[p.layer] == 1 and isinstance(p.x, Tensor) and is_plain(p.layer)]
+    served = Counter(p.follower for p in found)
+    return [p for p in found if served[p.follower] == calls[p.follower]]
 
 
 def fold_checked(pair: Pair) -> bool:

@@ -162,31 +162,22 @@ class SparseConv2d(SparseLayer):
         stride: tuple[int, int] = (1, 1),
         padding: tuple[int, int] = (0, 0),
         dilation: tuple[int, int] = (1, 1),
+        padding_end: tuple[int, int] | None = None,
         groups: int = 1,
         bias: bool = True,
         block: tuple[int, int] = (1, 1),
         activation: str = "none",
     ):
         super().__init__(shape, bias, activation)
-        if len(self.shape) != 4 or min(*stride, *dilation, groups) < 1 or min(padding) < 0:
-            raise LayerError(f"no convolution has weight {self.shape}, stride {stride}, padding {padding}, dilation {dilation}")
-        self.geometry = Geometry((self.shape[2], self.shape[3]), tuple(stride), tuple(padding), tuple(dilation))  # type: ignore[arg-type]
+        self.geometry = _geometry(self.shape, stride, padding, dilation, padding_end)
+        if groups < 1:
+            raise LayerError(f"a convolution has at least one group, not {groups}")
         self.groups, self.block = groups, tuple(block)
 
     @classmethod
     def from_conv(cls, conv: nn.Conv2d, **options: Any) -> SparseConv2d:
         """The sparse form of a dense convolution with zero padding. Raises LayerError for other padding modes."""
-        if conv.padding_mode != "zeros":
-            raise LayerError(f"sparse convolutions pad with zeros, not with {conv.padding_mode!r}")
-        layer = cls(
-            conv.weight.shape,
-            stride=conv.stride,  # type: ignore[arg-type]
-            padding=padding_of(conv),
-            dilation=conv.dilation,  # type: ignore[arg-type]
-            groups=conv.groups,
-            bias=conv.bias is not None,
-            **options,
-        )
+        layer = cls(conv.weight.shape, **geometry_of(conv), groups=conv.groups, bias=conv.bias is not None, **options)
         layer.load_dense(conv.weight, conv.bias)
         return layer
 
@@ -196,8 +187,7 @@ class SparseConv2d(SparseLayer):
             return self(x.unsqueeze(0)).squeeze(0)
         code, channels = ACTIVATIONS.index(self.activation), self.shape[1] * self.groups
         if _opaque(x):
-            flat = [n for pair in self.geometry for n in pair]
-            return ops.sparse_conv2d(x, self.program, self.bias, self.shape[0], flat, code)
+            return ops.sparse_conv2d(x, self.program, self.bias, self.shape[0], list(self.geometry.numbers()), code)
         return native.conv2d(x, self.program, self.bias, (self.shape[0], channels), self.geometry, code)
 
     def _packed(self, matrix: Tensor) -> Tensor:
@@ -207,16 +197,85 @@ class SparseConv2d(SparseLayer):
         return native.unpack(self.program, self.matrix_shape)
 
 
-def padding_of(conv: nn.Conv2d) -> tuple[int, int]:
-    """The symmetric padding of a convolution as numbers. Raises LayerError where ``"same"`` needs an odd total."""
-    if conv.padding == "valid":
-        return 0, 0
-    if conv.padding == "same":
+class DepthwiseConv2d(nn.Module):
+    """A convolution with a dense kernel of its own for each channel, zero padding and a fused activation; no gradient.
+
+    There is nothing to skip in it: it is here because torch's own takes longer than the sparse layers around it.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        *,
+        stride: tuple[int, int] = (1, 1),
+        padding: tuple[int, int] = (0, 0),
+        dilation: tuple[int, int] = (1, 1),
+        padding_end: tuple[int, int] | None = None,
+        bias: bool = True,
+        activation: str = "none",
+    ):
+        super().__init__()
+        self.geometry = _geometry(shape, stride, padding, dilation, padding_end)
+        if shape[1] != 1:
+            raise LayerError(f"a depthwise weight is [channels, 1, *kernel], not {tuple(shape)}")
+        self.activation = activation
+        self.register_buffer("weight", torch.zeros(*shape))
+        self.register_buffer("bias", torch.zeros(shape[0]) if bias else None)
+
+    @classmethod
+    def from_conv(cls, conv: nn.Conv2d, **options: Any) -> DepthwiseConv2d:
+        """The same layer as a depthwise `nn.Conv2d`. Raises LayerError for padding other than with zeros."""
+        layer = cls(conv.weight.shape, **geometry_of(conv), bias=conv.bias is not None, **options)
+        layer.weight = conv.weight.detach().clone().contiguous()
+        if conv.bias is not None:
+            layer.bias = conv.bias.detach().clone()
+        return layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[batch, channels, height, width]`` -> the same with the output's height and width."""
+        code = ACTIVATIONS.index(self.activation)
+        if _opaque(x):
+            return ops.depthwise_conv2d(x, self.weight, self.bias, list(self.geometry.numbers()), code)
+        return native.depthwise(x, self.weight, self.bias, self.geometry, code)
+
+    def extra_repr(self) -> str:
+        """Shape and activation."""
+        return f"{tuple(self.weight.shape)}" + ("" if self.activation == "none" else f", activation={self.activation}")
+
+
+def _geometry(shape: Sequence[int], stride: Any, padding: Any, dilation: Any, padding_end: Any) -> Geometry:
+    if len(shape) != 4 or min(*stride, *dilation) < 1 or min(*padding, *(padding_end or padding)) < 0:
+        raise LayerError(f"no convolution has weight {tuple(shape)}, stride {stride}, padding {padding}, dilation {dilation}")
+    end = tuple(padding_end) if padding_end and tuple(padding_end) != tuple(padding) else None
+    return Geometry((shape[2], shape[3]), tuple(stride), tuple(padding), tuple(dilation), end)  # type: ignore[arg-type]
+
+
+def geometry_of(conv: nn.Conv2d) -> dict[str, Any]:
+    """Stride, padding, dilation and padding_end of a convolution, for `SparseConv2d` and `DepthwiseConv2d`.
+
+    A subclass may hold one `nn.ZeroPad2d`, through which its input goes first. Raises LayerError for other padding modes.
+    """
+    if conv.padding_mode != "zeros":
+        raise LayerError(f"the kernels pad with zeros, not with {conv.padding_mode!r}")
+    top, left = (0, 0) if isinstance(conv.padding, str) else conv.padding
+    bottom, right = top, left
+    if conv.padding == "same":  # the odd one goes to the end
         total = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
-        if any(t % 2 for t in total):
-            raise LayerError(f"padding 'same' of a kernel {conv.kernel_size} is not symmetric")
-        return total[0] // 2, total[1] // 2
-    return conv.padding  # type: ignore[return-value]
+        top, left = total[0] // 2, total[1] // 2
+        bottom, right = total[0] - top, total[1] - left
+    pads = [child for child in conv.children() if isinstance(child, nn.ZeroPad2d)]
+    for pad in pads:
+        before, after, above, below = pad.padding
+        top, left, bottom, right = top + above, left + before, bottom + below, right + after
+    return {
+        "stride": conv.stride,
+        "padding": (top, left),
+        "dilation": conv.dilation,
+        "padding_end": (bottom, right),
+    }
 
 
 def _opaque(x: Tensor) -> bool:

@@ -22,7 +22,7 @@ try:
 except ImportError as error:
     _REASON = f"the compiled kernels are not installed ({error}). Reinstall secateur where a C++20 compiler is at hand."
 
-ACTIVATIONS = ("none", "relu", "gelu", "silu")
+ACTIVATIONS = ("none", "relu", "gelu", "silu", "relu6")
 VALUE_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 BLOCKS = ((1, 1), (4, 1), (1, 4))
 
@@ -40,13 +40,19 @@ class Geometry(NamedTuple):
 
     kernel: tuple[int, int]
     stride: tuple[int, int]
-    padding: tuple[int, int]
+    padding: tuple[int, int]  #: above and to the left
     dilation: tuple[int, int]
+    padding_end: tuple[int, int] | None = None  #: below and to the right; None: as `padding`
+
+    def numbers(self) -> tuple[int, ...]:
+        """Kernel, stride, padding, dilation and padding_end as ten numbers."""
+        return (*self.kernel, *self.stride, *self.padding, *self.dilation, *(self.padding_end or self.padding))
 
     def output(self, height: int, width: int) -> tuple[int, int]:
         """Height and width of the output for an input of `height` and `width`."""
-        sides = zip((height, width), self.kernel, self.stride, self.padding, self.dilation, strict=True)
-        h, w = ((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sides)
+        end = self.padding_end or self.padding
+        sides = zip((height, width), self.kernel, self.stride, self.padding, end, self.dilation, strict=True)
+        h, w = ((n + p + e - d * (k - 1) - 1) // s + 1 for n, k, s, p, e, d in sides)
         return h, w
 
 
@@ -108,7 +114,9 @@ def pack_bits(weight: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         raise LayerError(f"values are stored as float32, bfloat16 or int8, not {dtype}")
     matrix = _matrix(weight)
     try:
-        return torch.from_numpy(extension().pack_bits(matrix.data_ptr(), *matrix.shape, VALUE_TYPES[dtype]))
+        return torch.from_numpy(
+            extension().pack_bits(matrix.data_ptr(), *matrix.shape, VALUE_TYPES[dtype], torch.get_num_threads())
+        )
     except ValueError as error:
         raise LayerError(str(error)) from None
 
@@ -147,19 +155,35 @@ def conv2d(
     """
     out, channels = shape
     _check(x, bias, out)
+    x, y = _images(x, out, channels, geometry)
+    pointers = (_address(program), program.numel(), out, x.data_ptr(), tuple(x.shape), geometry.numbers(), y.data_ptr())
+    extension().conv2d(*pointers, _address(bias), activation, torch.get_num_threads(), isa)
+    return y
+
+
+def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, activation: int = 0, isa: str = "") -> Tensor:
+    """``x [batch, channels, height, width]`` with a dense kernel for each channel, ``weight [channels, 1, *kernel]``.
+
+    The border is of zeros.
+    """
+    channels = weight.shape[0]
+    if weight.dtype != torch.float32 or weight.shape != (channels, 1, *geometry.kernel) or not weight.is_contiguous():
+        raise LayerError(f"a depthwise weight must be contiguous float32 [channels, 1, *kernel], got {list(weight.shape)}")
+    _check(x, bias, channels)
+    x, y = _images(x, channels, channels, geometry)
+    pointers = (weight.data_ptr(), x.data_ptr(), tuple(x.shape), geometry.numbers(), y.data_ptr())
+    extension().depthwise(*pointers, _address(bias), activation, torch.get_num_threads(), isa)
+    return y
+
+
+def _images(x: Tensor, out: int, channels: int, geometry: Geometry) -> tuple[Tensor, Tensor]:
+    """The input of a convolution, contiguous, and room for its output."""
     if x.dim() != 4 or x.shape[1] != channels:
-        raise LayerError(
-            f"a sparse convolution of {channels} channels takes [batch, {channels}, height, width], got {list(x.shape)}"
-        )
-    x = x.contiguous()
+        raise LayerError(f"a convolution of {channels} channels takes [batch, {channels}, height, width], got {list(x.shape)}")
     height, width = geometry.output(x.shape[2], x.shape[3])
     if height < 1 or width < 1:
         raise LayerError(f"an input of {x.shape[2]} x {x.shape[3]} is smaller than the convolution's kernel {geometry.kernel}")
-    y = torch.empty(x.shape[0], out, height, width)
-    flat = (*geometry.kernel, *geometry.stride, *geometry.padding, *geometry.dilation)
-    pointers = (_address(program), program.numel(), out, x.data_ptr(), tuple(x.shape), flat, y.data_ptr())
-    extension().conv2d(*pointers, _address(bias), activation, torch.get_num_threads(), isa)
-    return y
+    return x.contiguous(), torch.empty(x.shape[0], out, height, width)
 
 
 def _rows(

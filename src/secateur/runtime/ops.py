@@ -27,14 +27,20 @@ def sparse_matvec(x: Tensor, bits: Tensor, bias: Tensor | None, out: int, activa
 def sparse_conv2d(
     x: Tensor, program: Tensor, bias: Tensor | None, out: int, geometry: Sequence[int], activation: int
 ) -> Tensor:
-    """`native.conv2d` as an operator; `geometry` holds kernel, stride, padding and dilation as eight numbers."""
+    """`native.conv2d` as an operator; `geometry` holds the ten numbers of `Geometry.numbers`."""
     return native.conv2d(x, program, bias, (out, x.shape[1]), pairs(geometry), activation)
 
 
+@torch.library.custom_op("secateur::depthwise_conv2d", mutates_args=())
+def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Sequence[int], activation: int) -> Tensor:
+    """`native.depthwise` as an operator; `geometry` holds the ten numbers of `Geometry.numbers`."""
+    return native.depthwise(x, weight, bias, pairs(geometry), activation)
+
+
 def pairs(geometry: Sequence[int]) -> Geometry:
-    """Eight numbers -> `Geometry`."""
+    """The inverse of `Geometry.numbers`."""
     g = tuple(geometry)
-    return Geometry((g[0], g[1]), (g[2], g[3]), (g[4], g[5]), (g[6], g[7]))
+    return Geometry(*((g[i], g[i + 1]) for i in range(0, 10, 2)))  # type: ignore[arg-type]
 
 
 @sparse_linear.register_fake
@@ -50,3 +56,8 @@ def _(x: Tensor, bits: Tensor, bias: Tensor | None, out: int, activation: int) -
 @sparse_conv2d.register_fake
 def _(x: Tensor, program: Tensor, bias: Tensor | None, out: int, geometry: Sequence[int], activation: int) -> Tensor:
     return x.new_empty(x.shape[0], out, *pairs(geometry).output(x.shape[2], x.shape[3]))
+
+
+@depthwise_conv2d.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Sequence[int], activation: int) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0], *pairs(geometry).output(x.shape[2], x.shape[3]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,9 @@ _MULTIPLE = {torch.float16: (32, 64), torch.bfloat16: (32, 64), torch.int8: (32,
 
 class SemiStructuredRuntime:
     """Linear layers whose zeros are 2:4 on the Ampere generation of GPUs or later, in float16 or bfloat16."""
+
+    exact: ClassVar[bool] = True
+    needs_zeros: ClassVar[bool] = True
 
     def refuses(self, module: nn.Module, example: Tensor) -> str | None:
         """The reason why `module` cannot run so, probed by doing it once on `example`."""

@@ -12,24 +12,33 @@ from torch import Tensor, nn
 
 from secateur.errors import ArtifactError
 from secateur.runtime import fold
-from secateur.runtime.modules import SparseConv2d, SparseLayer, SparseLinear
+from secateur.runtime.modules import DepthwiseConv2d, SparseConv2d, SparseLayer, SparseLinear
 from secateur.runtime.pool import SlicedMaxPool2d
+from secateur.runtime.triton_matvec import TritonLinear
 
 _KEY = "secateur.deployed"
 _VERSION = 1
+_KINDS: dict[str, Any] = {
+    "linear": SparseLinear,
+    "conv2d": SparseConv2d,
+    "depthwise": DepthwiseConv2d,
+    "pool": SlicedMaxPool2d,
+}
 _DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.bfloat16, torch.int8)}
 
 
 def save(model: nn.Module, path: str | Path) -> None:
     """Write a model that `deploy` returned. `load` needs a fresh dense model of the same architecture to read it into.
 
-    Layers run by 2:4 tensors belong to their GPU and are not saved: ArtifactError.
+    Layers that run on GPUs (2:4, Triton) are not saved: ArtifactError.
     """
     from safetensors.torch import save_file
 
     path = Path(path)
+    if any(isinstance(module, TritonLinear) for module in model.modules()):
+        raise ArtifactError("layers of the Triton kernel are made on their GPU and are not saved; save the dense model")
     names = {module: name for name, module in model.named_modules()}
-    layers = {names[m]: _describe(m) for m in model.modules() if isinstance(m, (SparseLayer, SlicedMaxPool2d))}
+    layers = {names[m]: _describe(m) for m in model.modules() if isinstance(m, (SparseLayer, DepthwiseConv2d, SlicedMaxPool2d))}
     summary = getattr(model, "summary", None)
     folded = [list(pair) for pair in summary.folded] if summary else []
     state: dict[str, Tensor] = {}
@@ -39,7 +48,7 @@ def save(model: nn.Module, path: str | Path) -> None:
                 f"{name!r} is a {type(tensor).__name__}, which only its own device can read; save the dense model"
             )
         state[name] = tensor.detach().contiguous().clone()
-    fused = [layer.fused for layer in summary.layers if layer.fused] if summary else []
+    fused = list(dict.fromkeys(layer.fused for layer in summary.layers if layer.fused)) if summary else []
     facts = json.dumps({"version": _VERSION, "layers": layers, "folded": folded, "fused": fused})
     temporary = path.with_name(path.name + ".partial")
     save_file(state, temporary, metadata={_KEY: facts})
@@ -82,18 +91,18 @@ def _describe(layer: nn.Module) -> dict[str, Any]:
         }
     if isinstance(layer, SlicedMaxPool2d):
         return {"type": "pool"}
-    assert isinstance(layer, SparseConv2d)
-    return {
-        "type": "conv2d",
-        "shape": layer.shape,
+    assert isinstance(layer, (SparseConv2d, DepthwiseConv2d))
+    common = {
         "stride": layer.geometry.stride,
         "padding": layer.geometry.padding,
         "dilation": layer.geometry.dilation,
-        "groups": layer.groups,
+        "padding_end": layer.geometry.padding_end,
         "bias": layer.bias is not None,
-        "block": layer.block,
         "activation": layer.activation,
     }
+    if isinstance(layer, DepthwiseConv2d):
+        return {"type": "depthwise", "shape": tuple(layer.weight.shape), **common}
+    return {"type": "conv2d", "shape": layer.shape, "groups": layer.groups, "block": layer.block, **common}
 
 
 def _rebuild(model: nn.Module, facts: dict[str, Any]) -> None:
@@ -108,7 +117,7 @@ def _rebuild(model: nn.Module, facts: dict[str, Any]) -> None:
         fold.replace(model, model.get_submodule(name), nn.Identity())
     for name, options in facts["layers"].items():
         options = dict(options)
-        kind = {"linear": SparseLinear, "conv2d": SparseConv2d, "pool": SlicedMaxPool2d}[options.pop("type")]
+        kind = _KINDS[options.pop("type")]
         if "values" in options:
             options["values"] = _DTYPES[options["values"]]
         if name:

@@ -30,7 +30,10 @@ class LayerChoice:
 
 @dataclass(frozen=True)
 class Summary:
-    """The whole model: medians of one forward pass of the example, dense and deployed, measured in turns."""
+    """The whole model: medians of one forward pass of the example, dense and deployed, measured in turns.
+
+    On one thread of a CPU all times are the processor's, on more the clock's.
+    """
 
     layers: tuple[LayerChoice, ...]
     dense_ms: float

@@ -63,17 +63,12 @@ class Grams(Watcher[Rows]):
     Layers that are given the same tensor (query, key and value; gate and up) share one matrix, which is computed once. A
     layer's matrix is the sum over all its inputs, whichever layers it shared each of them with.
 
-    With `constant` every row gets a last input that is always 1: the matrix is ``[groups, d + 1, d + 1]``, float64, and its
-    last row holds the sums of the inputs and their number. Not for the joint input projection of attention, whose inputs may
-    differ in length.
-
     Raises LayerError, naming the layer, for a weight whose inputs cannot be read and for one whose matrix would not fit in
     memory.
     """
 
-    def __init__(self, model: nn.Module, layers: Mapping[str, Layer], *, constant: bool = False):
+    def __init__(self, model: nn.Module, layers: Mapping[str, Layer]):
         super().__init__(model, layers)
-        self._constant = constant
         for layer in layers.values():
             _check_memory(layer)
         self._sums: dict[frozenset[str], Tensor] = {}
@@ -111,7 +106,7 @@ class Grams(Watcher[Rows]):
             if pending.same(read) and layer not in pending.layers:
                 pending.layers.add(layer)
                 return
-        self._pending.append(_Pending(read, layer, _product(read, self._constant)))
+        self._pending.append(_Pending(read, layer, _product(read)))
         self._flush(_PENDING)
 
     def _flush(self, leave: int) -> None:
@@ -134,27 +129,51 @@ class Grams(Watcher[Rows]):
         return {name for key in self._sums for name in key}
 
     def take(self) -> dict[str, Tensor]:
-        """The matrices by layer; layers of the same inputs get one. float32, or float64 with the constant. The sums go."""
+        """The matrices by layer, float32; layers of the same inputs get one. The sums go."""
         of = {name: frozenset(key for key in self._sums if name in key) for name in sorted(self.seen)}
         made: dict[frozenset[frozenset[str]], Tensor] = {}
         for keys in sorted(set(of.values()), key=lambda k: sorted(map(sorted, k))):
             total = torch.stack([self._sums[k] for k in sorted(keys, key=sorted)]).sum(0)
-            made[keys] = total if self._constant else total.float()
+            made[keys] = total.float()
         self._sums.clear()
         return {name: made[keys] for name, keys in of.items()}
 
 
-def _product(rows: Rows, constant: bool) -> Tensor:
-    """Sum of ``x x^T`` over all rows, float64; with `constant` each row ends in a 1."""
+def _product(rows: Rows) -> Tensor:
+    """Sum of ``x x^T`` over all rows, float64."""
     total: Tensor | None = None
     for chunk in rows.chunks():
         chunk = chunk.to(torch.promote_types(chunk.dtype, torch.float32))
-        if constant:
-            chunk = F.pad(chunk, (0, 1), value=1.0)
         part = (chunk.transpose(1, 2) @ chunk).double()
         total = part if total is None else total.add_(part)
     assert total is not None
     return total if rows.scale == 1.0 else total.mul_(rows.scale)
+
+
+def input_rows(call: Call) -> Iterator[Tensor]:
+    """Chunks ``[groups, n, d]`` of the inputs that the weight of a linear layer or convolution multiplies in `call`.
+
+    Padding is left out, and positions are sampled evenly where there are very many.
+    """
+    reader = _reader(call.module, "weight")
+    assert reader is not None
+    rows = reader(call)
+    assert rows is not None
+    return rows.chunks()
+
+
+def output_rows(call: Call, output: Tensor) -> Tensor:
+    """``[groups, n, out / groups]``: of a tensor in the shape of the output the rows that belong to `input_rows`."""
+    if not isinstance(call.module, CONVOLUTIONS):
+        return call.rows(output)[None]
+    batch = output if output.dim() == call.module.weight.dim() else output[None]
+    by_group = batch.transpose(0, 1).reshape(call.module.groups, -1, batch[:, 0].numel())
+    return by_group[:, :, :: _every(by_group.shape[2])].transpose(1, 2)
+
+
+def _every(positions: int) -> int:
+    """Of how many positions of a convolution one is taken."""
+    return -(-positions // _MOST_POSITIONS)
 
 
 def _check_memory(layer: Layer) -> None:
@@ -262,7 +281,7 @@ def _convolution(call: Call) -> Rows:
         )
     windows = _windows(given["input"], weight.shape[2:], given)
     positions = math.prod(windows.shape[:1] + windows.shape[2 : 2 + weight.dim() - 2])
-    every = -(-positions // _MOST_POSITIONS)
+    every = _every(positions)
     groups = given.get("groups", 1)
 
     def chunks() -> Iterator[Tensor]:
