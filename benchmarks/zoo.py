@@ -1,6 +1,6 @@
 """Prune half of the channels, neurons and heads of many architectures (of transformers also half of the width).
 
-    python benchmarks/zoo.py torchvision timm hf --out docs/zoo.md
+    python benchmarks/zoo.py torchvision timm hf detectors --out docs/zoo.md
 
 Every architecture is built with random weights, cut, run, and compared with the original in which the same units are masked:
 ``pass`` means that the output has the same shape and differs by at most 1e-4 of its largest value.
@@ -9,6 +9,7 @@ Every architecture is built with random weights, cut, run, and compared with the
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import logging
 import sys
@@ -20,16 +21,29 @@ from typing import Any
 
 import torch
 from torch import nn
+from zoo_detectors import DETECTORS
 from zoo_hf import FAMILIES, build
 
 from secateur.graph import choose_groups, cut, difference, make_plan, select, trace, unit_scores
 from secateur.graph.trace import arguments, tensors_in
 from secateur.models.torchvision_shim import prepare_torchvision
 
+HEADER = """`python benchmarks/zoo.py torchvision timm hf detectors --json rows.json --out docs/zoo.md`
+
+Prune half of the channels, neurons and heads of many architectures (of transformers also half of the width).
+Random weights; L1 norms; float32 on one CPU thread; torch 2.13.0, torchvision 0.29.2, timm 1.0.31 (of every family up to
+six models of at most 120 million parameters), transformers 5.23.0 (small configurations), detectors as
+benchmarks/zoo_detectors.py writes them. `pass`: the cut model runs, its output has the same shape and differs from that of the
+masked original by at most 1e-4 of its largest value. *units* is how many there are to cut from, half of which go; *left* is the
+share of parameters, *error* that difference, *seconds* tracing, choosing and cutting on a machine with other work, *run* when
+the row was measured.
+"""
+
 KINDS = {
     "torchvision": ("channel", "neuron", "head"),
     "timm": ("channel", "neuron", "head"),
     "hf": ("channel", "neuron", "head", "width"),
+    "detectors": ("channel", "neuron", "head"),
 }
 
 
@@ -105,6 +119,12 @@ def hf_models() -> Iterator[tuple[str, Callable[[], tuple[nn.Module, Any]]]]:
         yield name, lambda n=name: build(n)
 
 
+def detectors() -> Iterator[tuple[str, Callable[[], tuple[nn.Module, Any]]]]:
+    """YOLO-style detectors, and the backbones and heads of torchvision's."""
+    prepare_torchvision()
+    yield from DETECTORS.items()
+
+
 def judge(make: Callable[[], tuple[nn.Module, Any]], kinds: tuple[str, ...], sparsity: float = 0.5) -> dict[str, Any]:
     """One row of the table."""
     torch.manual_seed(0)
@@ -112,7 +132,11 @@ def judge(make: Callable[[], tuple[nn.Module, Any]], kinds: tuple[str, ...], spa
     model.eval()
     start = time.perf_counter()
     graph = trace(model, example)
-    row: dict[str, Any] = {"trace_s": time.perf_counter() - start, "unknown": sorted(graph.unknown), "notes": list(graph.notes)}
+    row: dict[str, Any] = {
+        "date": datetime.datetime.now().isoformat(" ", "minutes"),
+        "unknown": sorted(graph.unknown),
+        "notes": list(graph.notes),
+    }
     groups = choose_groups(graph, kinds)
     removed = select(graph, groups, unit_scores(model, groups, "l1"), sparsity)
     row["units"] = {k: sum(g.units for g in groups if g.kind == k) for k in kinds}
@@ -142,7 +166,7 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
     """The rows as Markdown, with the counts above."""
     passed = {p: [r["result"] == "pass" for n, r in rows.items() if n.startswith(p)] for p in KINDS}
     summary = ", ".join(f"{p} {sum(ok)} of {len(ok)}" for p, ok in passed.items() if ok)
-    columns = ("model", "result", "units", "parameters", "left", "error", "seconds", "remarks")
+    columns = ("model", "result", "units", "parameters", "left", "error", "seconds", "run", "remarks")
     lines = [f"Pass: {summary}.", "", "| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     for name, r in rows.items():
         remarks = "; ".join([*r.get("notes", []), *(f"no rule: {u}" for u in r.get("unknown", [])), r.get("reason", "")])
@@ -157,6 +181,7 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
             share,
             error,
             f"{r.get('seconds', 0):.1f}",
+            r.get("date", "-"),
             remarks.strip("; ")[:160],
         ]
         lines.append("| " + " | ".join(cells) + " |")
@@ -166,7 +191,7 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
 def main() -> None:
     """Run the parts named on the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="+", choices=("torchvision", "timm", "hf"))
+    parser.add_argument("parts", nargs="+", choices=tuple(KINDS))
     parser.add_argument("--only", default="", help="only names that contain this")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--json", type=Path, help="rows are kept here, and rows found here are not computed again")
@@ -175,7 +200,7 @@ def main() -> None:
     logging.disable(logging.WARNING)
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
-    sources = {"torchvision": torchvision_models, "timm": timm_models, "hf": hf_models}
+    sources = {"torchvision": torchvision_models, "timm": timm_models, "hf": hf_models, "detectors": detectors}
     rows = json.loads(options.json.read_text()) if options.json and options.json.exists() else {}
     start = time.monotonic()
     for part in options.parts:
@@ -202,9 +227,7 @@ def main() -> None:
             if options.json:
                 options.json.write_text(json.dumps(rows, indent=1))
     if options.out:
-        options.out.write_text(
-            "# The zoo\n\n`python benchmarks/zoo.py torchvision timm hf --out docs/zoo.md`\n\n" + table(rows)
-        )
+        options.out.write_text(f"# The zoo\n\n{HEADER}\n{table(rows)}", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,12 @@ from secateur.budgets.choose import choose_counts
 from secateur.data.batches import Batch, Batches, Loss, inputs_of
 from secateur.errors import LayerError, ModelError, RecipeError
 from secateur.graph import Graph, Group, bypass_difference, choose_groups, cut, difference, lowest, make_plan, select, trace
+<<<<<<< HEAD
 from secateur.graph.choose import Competitor, Scope, competitors
+=======
+from secateur.graph.choose import Scope
+from secateur.graph.config import describe_config
+>>>>>>> main
 from secateur.graph.prune import TOLERANCE
 from secateur.job import check_data
 from secateur.layer_dropping import plan_blocks
@@ -136,6 +141,7 @@ def cut_units(model: nn.Module, job: UnitJob, *, inplace: bool = False) -> Small
             f"the cut model differs from the {against} by {error:.2g} (relative); at most {TOLERANCE:g} is rounding. "
             "Nothing was changed. Leave out what does not follow the cut with ignore=."
         )
+    shapes = {name: p.shape for name, p in model.named_parameters()}
     notes = list(chosen.notes)
     changes: Mapping[str, Tensor] = {}
     if job.recipe.repair != "none" and job.batches is not None:
@@ -146,7 +152,8 @@ def cut_units(model: nn.Module, job: UnitJob, *, inplace: bool = False) -> Small
         smaller = cut(model, chosen.plan, inplace=True)
     write(smaller, changes)
     checked = f"on the example the cut model gives the output of the {against} within {error:.1e} (relative)"
-    return Smaller(smaller, chosen.plan, masks, (*notes, checked))
+    configured = describe_config(smaller, shapes, job.arguments)
+    return Smaller(smaller, chosen.plan, masks, (*notes, checked, *([configured] if configured else [])))
 
 
 @dataclass(frozen=True)

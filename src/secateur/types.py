@@ -327,6 +327,22 @@ class GroupPlan:
 
 
 @dataclass(frozen=True)
+class Rewrite:
+    """Size number `argument` of the expression `call` in a module's forward becomes a number, since no attribute can follow it.
+
+    `value` is ``-1`` in a reshape, which then finds the size by itself, or the number that stood there before the cut.
+    """
+
+    module: str
+    functions: tuple[str, ...]  #: the method that was called, and the functions down to the one that holds the call
+    line: int  #: of the expression, counted from the line of that function's ``def``
+    column: int
+    argument: int
+    call: str  #: the source of the expression; where it is another by now, the plan does not hold
+    value: int = -1
+
+
+@dataclass(frozen=True)
 class Plan:
     """What would be done: how many weights go where, which slices are cut, and what is left alone and why."""
 
@@ -335,6 +351,7 @@ class Plan:
     skipped: Mapping[str, str] = field(default_factory=dict)  #: layer -> reason
     attributes: Mapping[str, int] = field(default_factory=dict)  #: ``module.attribute`` or ``module.attribute[i]`` -> new value
     dropped: tuple[str, ...] = ()  #: whole blocks that are taken out, after the cuts
+    rewrites: tuple[Rewrite, ...] = ()  #: reshapes in forwards whose sizes no attribute gives
     groups: tuple[GroupPlan, ...] = ()  #: what is coupled to what, where units are cut
     budget: Budget | None = None  #: where one was given
 
@@ -363,8 +380,9 @@ class Plan:
             GroupPlan(**{**g, "members": tuple(g["members"]), "links": {how: tuple(at) for how, at in g["links"].items()}})
             for g in data.get("groups", ())
         )
+        rewrites = tuple(Rewrite(**{**r, "functions": tuple(r["functions"])}) for r in data.get("rewrites", ()))
         budget = Budget(**data["budget"]) if data.get("budget") else None
-        return cls(layers, cuts, dict(data["skipped"]), attributes, dropped, groups, budget)
+        return cls(layers, cuts, dict(data["skipped"]), attributes, dropped, rewrites, groups, budget)
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ from secateur.export.atomic import check_replaceable, replacing, write_synced
 from secateur.export.encode import FORMATS, Encoder, Format, plain, same_bits
 from secateur.export.manifest import FileEntry, Manifest
 from secateur.export.masks import mask_parts
+from secateur.export.pretrained import config_of
 from secateur.export.reader import Artifact
 from secateur.export.readme import readme
 from secateur.export.state import Filler, ShapeMismatch, State, state_of
@@ -67,6 +68,9 @@ def save(
     beside the weights and must agree with their zeros; `source` is the string from which `load` rebuilds the
     architecture ("hf:...", "timm:...", "module:callable"); `extra_files` go into the same directory in the same step.
 
+    Where a plan cut a transformers model and its configuration builds the very model that is left, that goes along as
+    ``config.json`` and "auto" leaves all tensors dense, so that `from_pretrained` loads the directory too.
+
     The files are written to a hidden sibling, synced, read back and compared with the model; then the sibling takes the
     directory's place. Killed at any moment, the directory is the old one or the new one. With ``overwrite=True`` an
     existing artifact is replaced; a directory that holds anything Secateur did not write is not.
@@ -80,9 +84,12 @@ def save(
     if format not in FORMATS:
         raise ArtifactError(f"unknown format {format!r}{did_you_mean(str(format), FORMATS)} Known: {', '.join(FORMATS)}.")
     state = state_of(model)
-    weights = _weight_parts(state, format)
+    readable = plan is not None and plan.structural and format in ("auto", "dense")
+    config = config_of(model) if readable else None
+    pretrained = {} if config is None else {"config.json": config}
+    weights = _weight_parts(state, "dense" if pretrained and format == "auto" else format)
     mask_table, stored_masks = mask_parts(masks or {}, state)
-    texts = _texts(state, weights, report, recipe, extra_files or {})
+    texts = _texts(state, weights, report, recipe, {**(extra_files or {}), **pretrained})
     parts = {} if format == "packed" else {manifest.WEIGHTS: [part for encoder in weights.values() for part in encoder.parts()]}
     if stored_masks:
         parts[manifest.MASKS] = stored_masks

@@ -55,6 +55,18 @@ def fit_config(model: nn.Module, original: Mapping[str, torch.Size], example: An
     return changed
 
 
+def describe_config(model: nn.Module, original: Mapping[str, torch.Size], example: Any) -> str | None:
+    """`fit_config` of a transformers model that was cut, and a sentence that says what came of it; None for other models."""
+    if not hasattr(getattr(model, "config", None), "to_json_string") or not hasattr(type(model), "from_pretrained"):
+        return None
+    try:
+        changed = fit_config(model, original, example)
+    except ModelError as error:
+        return str(error)
+    told = ", ".join(f"{key}={value}" for key, value in changed.items()) or "as it was"
+    return f"its configuration builds it ({told}), so that from_pretrained loads what sc.save writes"
+
+
 class _Search:
     """Models built from tried configurations, compared with the one that is wanted."""
 

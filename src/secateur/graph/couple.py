@@ -15,7 +15,7 @@ import secateur.graph.rules.shape  # noqa: F401
 from secateur.graph.equations import Equation
 from secateur.graph.labels import Array, Dim, Labels
 from secateur.graph.rules import RULES
-from secateur.graph.sizes import Call
+from secateur.graph.sizes import RESHAPES, Call
 from secateur.graph.trace import Node, Recording, Value
 
 log = logging.getLogger("secateur")
@@ -75,7 +75,9 @@ class Coupler:
 
     def tensors(self, node: Node) -> list[Value]:
         """All tensors an operation was given."""
-        return [v for v in _leaves((node.args, node.kwargs)) if isinstance(v, Value)]
+        if node.tensors is None:
+            node.tensors = [v for v in _leaves((node.args, node.kwargs)) if isinstance(v, Value)]
+        return node.tensors
 
     def is_weight(self, value: Value) -> bool:
         """Whether a value depends on parameters and buffers alone."""
@@ -145,11 +147,11 @@ class Coupler:
         sizes = self.recording.sizes
         handled: list[Any] = []
 
-        def equal(value: Value, d: int, size: Any) -> None:
+        def equal(value: Value, d: int, size: Any, argument: int = 0, free: bool = False) -> None:
             handled.append(size)
             own = self.labels_of(value)[d]
             if own is not None:
-                self.equations.append(Equation(("count", own), sizes.expr(size), call.module))
+                self.equations.append(Equation(("count", own), sizes.expr(size), call.module, call.frames, argument, free))
 
         out = call.output
         if call.name in _NEW_SHAPE and isinstance(out, Value):
@@ -157,9 +159,10 @@ class Coupler:
             shape: Any = call.args[first:] or (call.kwargs.get("size", call.kwargs.get("shape", ())),)
             shape = shape[0] if isinstance(shape[0], (tuple, list)) else shape
             shape = shape[: out.ndim]
+            free = call.name in RESHAPES and -1 not in shape
             for d, size in enumerate(shape):
                 if isinstance(size, int) and size != -1:
-                    equal(out, d, size)
+                    equal(out, d, size, d, free)
         elif call.name == "repeat" and isinstance(out, Value):
             counts = call.args[1:] if isinstance(call.args[1], int) else call.args[1]
             x = call.args[0]
@@ -173,7 +176,7 @@ class Coupler:
             dim, parts = call.argument(1, "dim"), call.argument(2, "sizes")
             for d, size in enumerate(parts):
                 if size != -1:
-                    equal(out, int(dim) % (out.ndim - len(parts) + 1) + d, size)
+                    equal(out, int(dim) % (out.ndim - len(parts) + 1) + d, size, d, -1 not in parts)
         elif call.name in ("split", "split_with_sizes"):
             told, dim = call.argument(1, "split_size_or_sections", call.kwargs.get("split_size")), call.argument(2, "dim", 0)
             if told is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from secateur.errors import ModelError
 from secateur.graph.blocks import drop
-from secateur.types import Plan
+from secateur.graph.heads import refresh_heads
+from secateur.graph.rewrite import apply_rewrites
+from secateur.types import Cut, Plan
 
 _INDEXED = re.compile(r"(.*)\[(\d+)\]$")
 
@@ -28,27 +30,28 @@ def cut(model: nn.Module, plan: Plan, *, inplace: bool = False) -> nn.Module:
     >>> cut(nn.Linear(4, 2), Plan(cuts=(Cut("weight", 1, (0, 2)),)))
     Linear(in_features=2, out_features=2, bias=True)
     """
-    tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
-    _check(tensors, plan)
-    new: dict[int, Tensor] = {}
+    holders = _holders(model)
+    _check({name: table[key] for name, ((table, key), *_) in holders.items()}, plan)
+    cuts: dict[str, list[Cut]] = {}
     for c in plan.cuts:
-        old = tensors[c.tensor]
-        source = new.get(id(old), old)
-        index = torch.tensor(c.kept, dtype=torch.long, device=source.device if not source.is_meta else "cpu")
-        with torch.no_grad():
-            new[id(old)] = source.index_select(c.dim, index.to(source.device))
-    for tensor in tensors.values():
-        if isinstance(tensor, nn.Parameter) and id(tensor) in new:
-            made = new[id(tensor)].detach()
-            new[id(tensor)] = made if isinstance(made, nn.Parameter) else nn.Parameter(made, requires_grad=tensor.requires_grad)
-    if inplace:
-        _replace(model, new)
+        cuts.setdefault(c.tensor, []).append(c)
+    if inplace:  # tensor by tensor, so that no two copies of the model are there at once
+        for name, own in cuts.items():
+            (table, key), *others = holders[name]
+            table[key] = _sliced(table[key], own)
+            for other, alias in others:
+                other[alias] = table[key]
+        for module in model.modules():
+            if isinstance(module, nn.RNNBase):
+                module._flat_weights = [getattr(module, n, None) for n in module._flat_weights_names]
     else:
-        model = copy.deepcopy(model, dict(new))
+        olds = {name: holders[name][0][0][holders[name][0][1]] for name in cuts}
+        model = copy.deepcopy(model, {id(old): _sliced(old, cuts[name]) for name, old in olds.items()})
     for name, value in plan.attributes.items():
         set_attribute(model, name, value)
     for module in model.modules():
         refresh(module)
+    apply_rewrites(model, plan.rewrites)
     drop(model, plan.dropped)
     return model
 
@@ -75,14 +78,26 @@ def _check(tensors: Mapping[str, Tensor], plan: Plan) -> None:
             )
 
 
-def _replace(model: nn.Module, new: Mapping[int, Tensor]) -> None:
-    for module in model.modules():
+def _holders(model: nn.Module) -> dict[str, list[tuple[dict[str, Any], str]]]:
+    """For each name of a parameter or buffer all tables that hold the tensor, its own one first."""
+    found: dict[str, tuple[int, dict[str, Any], str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
         for table in (module._parameters, module._buffers):
             for key, tensor in table.items():
-                if tensor is not None and id(tensor) in new:
-                    table[key] = new[id(tensor)]  # type: ignore[assignment]
-        if isinstance(module, nn.RNNBase):
-            module._flat_weights = [new.get(id(t), t) for t in module._flat_weights]  # type: ignore[misc]
+                if tensor is not None:
+                    found[f"{path}.{key}" if path else key] = (id(tensor), table, key)
+    same: dict[int, list[tuple[dict[str, Any], str]]] = {}
+    for tensor_id, table, key in found.values():
+        same.setdefault(tensor_id, []).append((table, key))
+    return {name: [(t, k), *(h for h in same[i] if h[0] is not t or h[1] != k)] for name, (i, t, k) in found.items()}
+
+
+def _sliced(tensor: Tensor, cuts: Iterable[Cut]) -> Tensor:
+    """What the cuts leave of a tensor; a parameter of a parameter."""
+    made = tensor.detach()
+    for c in cuts:
+        made = made.index_select(c.dim, torch.tensor(c.kept, dtype=torch.long).to(made.device if not made.is_meta else "meta"))
+    return nn.Parameter(made, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
 
 
 def set_attribute(model: nn.Module, name: str, value: int) -> None:
@@ -103,6 +118,8 @@ def set_attribute(model: nn.Module, name: str, value: int) -> None:
 def refresh(module: nn.Module) -> None:
     """Bring what a module of torch says of its own sizes in line with its parameters."""
     weight = getattr(module, "weight", None)
+    if isinstance(module, nn.MultiheadAttention):
+        refresh_heads(module)
     if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
         suffix = "_l0" if isinstance(module, nn.RNNBase) else ""
         module.input_size = int(getattr(module, f"weight_ih{suffix}").shape[1])

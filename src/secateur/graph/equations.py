@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from secateur.graph.labels import Array
+from secateur.graph.rewrite import Frames
 from secateur.graph.sizes import OPERATORS, Expr
 
 
@@ -16,6 +17,9 @@ class Equation:
     left: Expr
     right: Expr
     module: str
+    frames: Frames = ()  #: of the expression in a forward whose argument or operand number `argument` is written so
+    argument: int = 0
+    free: bool = False  #: whether that argument could as well be -1
 
     def __str__(self) -> str:
         return f"{text(self.left)} = {text(self.right)} in {self.module or 'the model itself'}"

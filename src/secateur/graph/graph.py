@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -14,8 +16,10 @@ from torch import nn
 from secateur.graph.couple import Coupler
 from secateur.graph.equations import Equation, attributes_in, counts_in, evaluate, solve, text
 from secateur.graph.labels import KEPT, Array, Labels
+from secateur.graph.rewrite import Frames, find_rewrite
 from secateur.graph.sizes import COMPARISONS
 from secateur.graph.trace import Recording, Value, record
+from secateur.types import Rewrite
 
 _DIGITS = re.compile(r"\d+")
 KINDS = ("channel", "neuron", "head", "head_dim", "width")
@@ -76,6 +80,7 @@ class Graph:
         self.notes = tuple(recording.notes)
         self._leaves = _Leaves(coupler.labels)
         self._count_pairs: dict[int, tuple[Array, Array, Array]] = {}
+        self._classes: dict[str, Any] = {name: type(module) for name, module in model.named_modules()}
         self.links: dict[int, dict[str, tuple[str, ...]]] | None = None  #: what `links_of` found
         reasons = self._frozen()
         self.groups: list[Group] = self._find_groups(reasons)
@@ -127,6 +132,25 @@ class Graph:
         chosen = self.coupler.equations if equations is None else equations
         found, wrong = solve(chosen, old, lambda labels: self.count(labels, removed))
         return {name: n for name, n in found.items() if n != old[name]}, wrong
+
+    def rewrites(self, wrong: Iterable[Equation], removed: NDArray[np.bool_]) -> tuple[tuple[Rewrite, ...], list[Equation]]:
+        """Rewrites of forwards with which equations need not hold after a cut, and the equations for which there is none."""
+        found: dict[Rewrite, None] = {}
+        freed: dict[tuple[str, Frames], int] = {}
+        rest = []
+        for e in wrong:
+            place = find_rewrite(self._classes[e.module], e.frames, e.argument)
+            rewrite = None if place is None else replace(place, module=e.module)
+            old = evaluate(e.right, {}, self.recording.sizes.old, len)
+            stays = (e.left[0] == "count" and self.count(e.left[1], removed) == old) or e.right == ("const", old)
+            # of one call, one size follows from the others
+            if rewrite is not None and e.free and freed.setdefault((e.module, e.frames), e.argument) == e.argument:
+                found[rewrite] = None
+            elif rewrite is not None and stays:
+                found[replace(rewrite, value=old)] = None
+            else:
+                rest.append(e)
+        return tuple(found), rest
 
     def other_path(self, removed: NDArray[np.bool_], attributes: dict[str, int]) -> str | None:
         """The first comparison of sizes in the forward that would come out otherwise after a cut."""
@@ -281,23 +305,27 @@ class Graph:
         by_attribute: dict[str, set[int]],
         groups_in: list[set[int]],
     ) -> None:
-        together = {group.id}
+        """Find the groups to be cut alike so that attributes can follow; or else rewrite reshapes, or give the reason."""
         equations = self.coupler.equations
         number = {id(e): i for i, e in enumerate(equations)}
-        for _ in range(4):
-            removed = self.flags({g: range((self.groups[g].units + 1) // 2, self.groups[g].units) for g in together})
-            relevant = set().union(*(by_group.get(g, set()) for g in together))
-            attributes = {a for i in relevant for e in (equations[i].left, equations[i].right) for a in attributes_in(e)}
-            relevant |= set().union(*(by_attribute[a] for a in attributes))
-            _, wrong = self.attributes(removed, [equations[i] for i in sorted(relevant)])
-            if not wrong:
-                for g in together:
-                    self.groups[g].ties = together - {g}
-                return
-            joined = together | self._partners(together, set().union(*(groups_in[number[id(e)]] for e in wrong)))
-            if joined == together:
-                break
-            together = joined
+        for rewriting in (False, True):
+            together = {group.id}
+            for _ in range(4):
+                removed = self.flags({g: range((self.groups[g].units + 1) // 2, self.groups[g].units) for g in together})
+                relevant = set().union(*(by_group.get(g, set()) for g in together))
+                attributes = {a for i in relevant for e in (equations[i].left, equations[i].right) for a in attributes_in(e)}
+                relevant |= set().union(*(by_attribute[a] for a in attributes))
+                _, wrong = self.attributes(removed, [equations[i] for i in sorted(relevant)])
+                if rewriting:
+                    _, wrong = self.rewrites(wrong, removed)
+                if not wrong:
+                    for g in together:
+                        self.groups[g].ties = together - {g}
+                    return
+                joined = together | self._partners(together, set().union(*(groups_in[number[id(e)]] for e in wrong)))
+                if joined == together:
+                    break
+                together = joined
         group.reason = f"no attribute of the model can follow: {wrong[0]}"
 
     def _partners(self, together: set[int], candidates: set[int]) -> set[int]:
@@ -378,7 +406,20 @@ def trace(model: nn.Module, example: Any) -> Graph:
     >>> trace(model, torch.zeros(1, 4)).units("neuron")
     [Group(0, neuron, 8 units of 0.weight:0, 0.bias:0, 2.weight:1)]
     """
-    return Graph(model, record(model, example))
+    with _no_collection():
+        return Graph(model, record(model, example))
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Tracing makes many small objects that stay; looking for garbage among them takes as long as the tracing."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 __all__ = ["KINDS", "Graph", "Group", "Member", "Value", "trace"]

@@ -21,6 +21,7 @@ def make_plan(graph: Graph, model: nn.Module, removed: Mapping[int, Iterable[int
     """
     removed_leaves = graph.flags(removed)
     attributes, wrong = graph.attributes(removed_leaves)
+    rewrites, wrong = graph.rewrites(wrong, removed_leaves)
     if wrong:
         raise LayerError(f"the sizes in the forward cannot follow this cut: {wrong[0]}")
     if other := graph.other_path(removed_leaves, attributes):
@@ -37,7 +38,7 @@ def make_plan(graph: Graph, model: nn.Module, removed: Mapping[int, Iterable[int
             )
         cuts.append(Cut(name, dim, tuple(kept.tolist())))
     groups = tuple(_group(graph, group, removed) for group in graph.groups)
-    return Plan(_layers(graph, cuts), tuple(cuts), _skipped(graph, cuts), attributes, groups=groups)
+    return Plan(_layers(graph, cuts), tuple(cuts), _skipped(graph, cuts), attributes, (), rewrites, groups)
 
 
 def _group(graph: Graph, group: Group, removed: Mapping[int, Iterable[int]]) -> GroupPlan:

@@ -9,7 +9,9 @@ equations between the number of kept indices of a dimension and an expression of
 from __future__ import annotations
 
 import contextlib
+import functools
 import operator
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+
+from secateur.graph.rewrite import Frames, frames_from
 
 if TYPE_CHECKING:
     from secateur.graph.trace import Recorder
@@ -106,7 +110,7 @@ class Size(int):
         return int.__int__(self) / other
 
     def __rtruediv__(self, other: Any) -> Any:
-        self.owner.leak(self)
+        self.owner.leak(self, 1)
         return other / int.__int__(self)
 
     def __pow__(self, other: Any, modulus: Any = None) -> Any:
@@ -114,7 +118,7 @@ class Size(int):
         return pow(int.__int__(self), other, modulus)
 
     def __rpow__(self, other: Any, modulus: Any = None) -> Any:
-        self.owner.leak(self)
+        self.owner.leak(self, 1)
         return pow(other, int.__int__(self), modulus)
 
     def _compare(self, other: Any, symbol: str) -> Any:
@@ -167,6 +171,7 @@ class Call:
     kwargs: dict[str, Any]
     output: Any
     module: str
+    frames: Frames = ()  #: where it was called, of reshapes
 
     def argument(self, position: int, keyword: str, default: Any = None) -> Any:
         """The argument at `position`, or of that name."""
@@ -181,7 +186,9 @@ class Sizes(TorchFunctionMode):
         self.recorder = recorder
         self.current: Call | None = None
         self.calls: list[Call] = []
-        self.guards: list[tuple[Expr, Expr, str]] = []  #: expressions that must stay equal, and the module that compared
+        self.guards: list[
+            tuple[Expr, Expr, str, Frames, int]
+        ] = []  #: expressions that must stay equal, and the module that compared
         self.conditions: dict[tuple[Any, ...], None] = {}  #: ``(left, symbol, right, result, module)`` on which paths depended
         self.old: dict[str, int] = {}  #: the attributes' values
         self.on = False
@@ -190,15 +197,15 @@ class Sizes(TorchFunctionMode):
         """How an integer came about."""
         return n.expr if isinstance(n, Size) and n.owner is self else ("const", int.__int__(n))
 
-    def leak(self, size: Size) -> None:
-        """`size` is used as a number and not as a size: it has to stay what it is."""
-        self.guard(size, int.__int__(size))
+    def leak(self, size: Size, operand: int = 0) -> None:
+        """`size` is used as a number and not as a size, as that operand of an expression: it has to stay what it is."""
+        self.guard(size, int.__int__(size), frames_from(sys._getframe(2)), operand)
 
-    def guard(self, size: Size, other: Any) -> None:
+    def guard(self, size: Size, other: Any, frames: Frames = (), operand: int = 0) -> None:
         """The forward depends on `size` being equal to `other`."""
         if self.on and size.owner is self:
             stack = self.recorder.stack
-            self.guards.append((size.expr, self.expr(other), stack[-1] if stack else ""))
+            self.guards.append((size.expr, self.expr(other), stack[-1] if stack else "", frames, operand))
 
     def condition(self, size: Size, symbol: str, other: Any, result: bool) -> None:
         """The forward took the path it took because this comparison gave `result`."""
@@ -209,6 +216,8 @@ class Sizes(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
+        if self.recorder.meta and "device" in kwargs and str(kwargs["device"]) == "meta":  # as its own tensors told it
+            kwargs = {**kwargs, "device": self.recorder.device}
         if name == "__get__":
             out = func(*args, **kwargs)
             return self._shape(args[0], out) if func.__self__ is Tensor.shape else out
@@ -217,6 +226,10 @@ class Sizes(TorchFunctionMode):
         if func is Tensor.size:
             dim = args[1] if len(args) > 1 else kwargs["dim"]
             return self._shape(args[0], args[0].size())[dim]
+        if func in (Tensor.numel, Tensor.nelement):
+            return self._product(args[0], func(args[0]))
+        if func is F.scaled_dot_product_attention and self.recorder.meta:
+            return self.recorder.attention(*args, **kwargs)
         call = Call(name, args, kwargs, None, self.recorder.stack[-1] if self.recorder.stack else "")
         before, self.current = self.current, call
         try:
@@ -226,6 +239,8 @@ class Sizes(TorchFunctionMode):
         if name in _SIZED or _has_size(args) or _has_size(kwargs.values()):
             call.output = self.recorder._values(out)
             call.args, call.kwargs = self.recorder._values(args), self.recorder._values(kwargs)
+            if name in RESHAPES:
+                call.frames = frames_from(sys._getframe(1))
             self.calls.append(call)
         return out
 
@@ -234,6 +249,11 @@ class Sizes(TorchFunctionMode):
             return shape
         value = self.recorder.value(tensor)
         return torch.Size([Size(n, ("dim", value, d), self) for d, n in enumerate(shape)])
+
+    def _product(self, tensor: Tensor, n: int) -> Size:
+        value = self.recorder.value(tensor)
+        dims: list[Expr] = [("dim", value, d) for d in range(value.ndim)] or [("const", n)]
+        return Size(n, functools.reduce(lambda a, b: ("*", a, b), dims), self)
 
     @contextlib.contextmanager
     def tracking(self, model: nn.Module) -> Iterator[None]:
@@ -280,6 +300,8 @@ class Sizes(TorchFunctionMode):
         return Size(value, ("attr", name), self)
 
 
+#: Calls in which one size follows from the others.
+RESHAPES = frozenset(["view", "reshape", "unflatten"])
 _SIZED = frozenset(
     [
         "view",

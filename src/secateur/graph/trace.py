@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,9 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from secateur.errors import ModelError
+from secateur.graph.heads import explicit_heads
 from secateur.graph.labels import Dim
+from secateur.graph.shapes import IN_PLACE, SHAPES, Like, contiguous
 from secateur.graph.sizes import Sizes
 
 log = logging.getLogger("secateur")
@@ -48,6 +50,7 @@ class Node:
     kwargs: dict[str, Any]
     outputs: list[Value]
     module: str
+    tensors: list[Value] | None = None  #: all that it was given, once `Coupler.tensors` has looked
     call: Any = None  #: the Python-level call (`sizes.Call`) inside which it happened
 
     @property
@@ -79,23 +82,33 @@ class Recording:
     calls: list[ModuleCall]
     sizes: Sizes
     fake: bool
+    replaced: bool = False  #: whether modules ran in another form (`heads.explicit_heads`)
     notes: list[str] = field(default_factory=list)
 
 
 class Recorder(TorchDispatchMode):
     """Dispatch mode that writes down operations. Tensors carry their `Value` as an attribute."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device, *, meta: bool) -> None:
         super().__init__()
+        self.device, self.meta = device, meta
+        self._known: dict[Any, Any] = {}
+        self.paused = False
         self.nodes: list[Node] = []
         self.named: dict[str, Value] = {}
         self.stack: list[str] = []
         self.sizes = Sizes(self)
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled while recording, and the wrapper takes as long as the rest of an operation
+
     def value(self, tensor: Tensor) -> Value:
         """The value that stands for `tensor`; one that nobody made in this run is a constant."""
         found = getattr(tensor, "_secateur_value", None)
         if found is None or found[0] is not self:
+            if self.meta and tensor.is_meta:
+                raise ModelError("a tensor without values came from nowhere")
             made = Value(tuple(tensor.shape), tensor.dtype, constant=tensor)
             self.tag(tensor, made)
             return made
@@ -107,10 +120,20 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func.namespace == "prim":  # questions about a tensor, not operations on it
+        if self.paused or func.namespace == "prim":  # questions about a tensor, not operations on it
             return func(*args, **kwargs)
         seen_args, seen_kwargs = self._values(args), self._values(kwargs)
-        out = func(*args, **kwargs)
+        if self.meta:
+            if kwargs.get("device") is not None:
+                if kwargs["device"].type == "meta":
+                    seen_kwargs["device"] = self.device
+                kwargs = {**kwargs, "device": "meta"}
+            if func is torch.ops.aten._local_scalar_dense.default:
+                out = _Evaluated(self.nodes).scalar(seen_args[0])
+            else:
+                out = self._inferred(func, _on_meta(args), _on_meta(kwargs))
+        else:
+            out = func(*args, **kwargs)
         outputs = []
         for tensor in out if isinstance(out, (tuple, list)) else (out,):
             if isinstance(tensor, Tensor):
@@ -123,7 +146,43 @@ class Recorder(TorchDispatchMode):
                     self.tag(t, value)
                     outputs.append(value)
         module = self.stack[-1] if self.stack else ""
-        self.nodes.append(Node(func, seen_args, seen_kwargs, outputs, module, self.sizes.current))
+        self.nodes.append(Node(func, seen_args, seen_kwargs, outputs, module, call=self.sizes.current))
+        return out
+
+    def _inferred(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """What `func` gives on the meta device. Networks do the same again and again, so shapes are worked out once."""
+        if func.overloadpacket.__name__ in IN_PLACE:
+            return args[0]
+        ours = SHAPES.get(func)
+        known = ours(*args, **kwargs) if ours is not None else None
+        if known is not None:
+            return _made(known)
+        try:
+            key = (func, _key(args), _key(tuple(kwargs.items())))
+            known = self._known.get(key)
+        except TypeError:  # something that cannot be hashed
+            return func(*args, **kwargs)
+        if known is not None:
+            return _made(known)
+        out = func(*args, **kwargs)
+        tensors = out if isinstance(out, tuple) else (out,)
+        given = {id(x) for x in args}
+        if all(isinstance(t, Tensor) and id(t) not in given for t in tensors) and not isinstance(out, list):
+            self._known[key] = [(t.shape, t.stride(), t.dtype) for t in tensors]
+        return out
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Attention as one operation: on the meta device it would fall apart into products that hide its scale."""
+        seen_args, seen_kwargs = self._values((q, k, v, *args)), self._values(kwargs)
+        self.paused = True
+        out = _made([contiguous((*q.shape[:-3], q.shape[-2], *q.shape[-3:-2], v.shape[-1]), q.dtype)])
+        out = out.transpose(-3, -2) if q.dim() > 3 else out  # as the kernels lay it out
+        self.paused = False
+        value = Value(tuple(out.shape), out.dtype)
+        self.tag(out, value)
+        module = self.stack[-1] if self.stack else ""
+        op = torch.ops.aten.scaled_dot_product_attention.default
+        self.nodes.append(Node(op, seen_args, seen_kwargs, [value], module, call=self.sizes.current))
         return out
 
     def _values(self, x: Any) -> Any:
@@ -136,22 +195,54 @@ class Recorder(TorchDispatchMode):
         return x
 
 
+class _Evaluated:
+    """Values that follow from numbers in the forward alone, such as positions: recorded operations, done after all."""
+
+    def __init__(self, nodes: list[Node]):
+        self.made = {value: node for node in nodes for value in node.outputs}
+        self.known: dict[Value, Tensor] = {}
+
+    def scalar(self, value: Value) -> Any:
+        """The one number that `value` holds. Raises ModelError where it depends on what the model is given or has."""
+        with torch.utils._python_dispatch._disable_current_modes():
+            return self.tensor(value).item()
+
+    def tensor(self, value: Value) -> Tensor:
+        """The tensor that `value` stands for."""
+        if value.constant is not None:
+            return value.constant
+        if value not in self.known:
+            node = self.made.get(value)
+            if node is None:
+                raise ModelError("the forward asks for a number that depends on its input")
+            args, kwargs = pytree.tree_map_only(Value, self.tensor, (node.args, node.kwargs))
+            outputs = [t for t in pytree.tree_leaves(node.op(*args, **kwargs)) if isinstance(t, Tensor)]
+            self.known.update(zip(node.outputs, outputs, strict=True))
+        return self.known[value]
+
+
 def record(model: nn.Module, example: Any) -> Recording:
     """Record one forward pass of `model` on `example`: a tensor, a tuple of positional or a mapping of keyword arguments.
 
-    Runs on fake tensors, so nothing is computed and a model on the meta device will do. A forward that needs values
+    Runs on tensors without values, so nothing is computed and a model on the meta device will do: first on those of the meta
+    device, then, where the forward mixes devices or asks which it is on, on torch's fake tensors. A forward that needs values
     (``.item()``, data-dependent shapes) is run on real tensors instead, and the recording's notes say so. Raises ModelError
     where the forward itself fails. The model is left exactly as it was.
     """
+    if not any(isinstance(m, (nn.RNNBase, nn.RNNCellBase)) for m in model.modules()):  # whose kernels are those of a device
+        try:
+            return _record(model, example, "meta")
+        except Exception as error:
+            log.debug("tracing on fake tensors, since those of the meta device failed: %s", _short(error))
     try:
-        return _record(model, example, fake=True)
+        return _record(model, example, "fake")
     except Exception as error:
         if any(p.is_meta for p in model.parameters()):
             raise ModelError(f"the forward of {type(model).__name__} cannot be traced: {_short(error)}") from error
         log.info("tracing on real tensors, since fake ones failed: %s", _short(error))
         note = f"traced on real tensors, since fake ones failed: {_short(error)}"
     try:
-        recording = _record(model, example, fake=False)
+        recording = _record(model, example, "real")
     except Exception as error:
         raise ModelError(
             f"the forward of {type(model).__name__} fails on the example: {_short(error)}. "
@@ -186,15 +277,19 @@ def _short(error: Exception) -> str:
     return f"{type(error).__name__}: {text[:200]}"
 
 
-def _record(model: nn.Module, example: Any, *, fake: bool) -> Recording:
-    mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else None
-    recorder = Recorder()
+def _record(model: nn.Module, example: Any, how: Literal["meta", "fake", "real"]) -> Recording:
     args, kwargs = arguments(example)
     device = next((t.device for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)), torch.device("cpu"))
+    mode = FakeTensorMode(allow_non_fake_inputs=True) if how == "fake" else None
+    recorder = Recorder(device, meta=how == "meta")
+
+    def stand_in(tensor: Tensor) -> Tensor:
+        return _bare(tensor) if how == "meta" else _faked(tensor, mode, device)
+
     calls: list[ModuleCall] = []
-    with untouched(model), contextlib.ExitStack() as stack:
-        _substitute(model, recorder, mode, device)
-        args, kwargs = pytree.tree_map_only(Tensor, lambda t: _faked(t, mode, device), (args, kwargs))
+    with untouched(model), explicit_heads(model) as replaced, contextlib.ExitStack() as stack:
+        _substitute(model, recorder, stand_in)
+        args, kwargs = pytree.tree_map_only(Tensor, stand_in, (args, kwargs))
         inputs = []
         for t in pytree.tree_leaves((args, kwargs)):
             if isinstance(t, Tensor):
@@ -212,7 +307,7 @@ def _record(model: nn.Module, example: Any, *, fake: bool) -> Recording:
     if not tensors:
         raise ModelError(f"{type(model).__name__} returned {type(output).__name__}, in which no tensor was found")
     outputs = [recorder.value(t) for t in tensors]
-    return Recording(recorder.nodes, inputs, outputs, recorder.named, calls, recorder.sizes, fake)
+    return Recording(recorder.nodes, inputs, outputs, recorder.named, calls, recorder.sizes, how != "real", replaced)
 
 
 def _faked(tensor: Tensor, mode: FakeTensorMode | None, device: torch.device) -> Tensor:
@@ -227,7 +322,33 @@ def _faked(tensor: Tensor, mode: FakeTensorMode | None, device: torch.device) ->
     return made
 
 
-def _substitute(model: nn.Module, recorder: Recorder, mode: FakeTensorMode | None, device: torch.device) -> None:
+def _bare(tensor: Tensor) -> Tensor:
+    """A tensor of the meta device like this one."""
+    made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+    return nn.Parameter(made, False) if isinstance(tensor, nn.Parameter) else made
+
+
+def _made(likes: list[Like]) -> Any:
+    made = tuple(torch.empty_strided(shape, stride, dtype=dtype, device="meta") for shape, stride, dtype in likes)
+    return made[0] if len(made) == 1 else made
+
+
+def _key(x: Any) -> Any:
+    if isinstance(x, Tensor):
+        return x.shape, x.stride(), x.dtype
+    return tuple(map(_key, x)) if isinstance(x, (tuple, list)) else (type(x), x)
+
+
+def _on_meta(x: Any) -> Any:
+    """Arguments with tensors that hold values (constants of the forward) as bare ones."""
+    if isinstance(x, Tensor):
+        return x if x.is_meta else _bare(x)
+    if type(x) in (tuple, list):
+        return type(x)(_on_meta(y) for y in x)
+    return {k: _on_meta(v) for k, v in x.items()} if type(x) is dict else x
+
+
+def _substitute(model: nn.Module, recorder: Recorder, stand_in_for: Callable[[Tensor], Tensor]) -> None:
     """Put tagged stand-ins in the place of all parameters and buffers."""
     stand_in: dict[int, Tensor] = {}
     for path, module in model.named_modules():
@@ -236,7 +357,7 @@ def _substitute(model: nn.Module, recorder: Recorder, mode: FakeTensorMode | Non
                 if tensor is None:
                     continue
                 if id(tensor) not in stand_in:
-                    made = _faked(tensor, mode, device)
+                    made = stand_in_for(tensor)
                     name = f"{path}.{key}" if path else key
                     recorder.named[name] = Value(tuple(tensor.shape), tensor.dtype, name, buffer=table is module._buffers)
                     recorder.tag(made, recorder.named[name])

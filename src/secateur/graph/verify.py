@@ -6,6 +6,8 @@ it; statistics over a cut dimension are taken over what is kept. The result must
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -134,17 +136,36 @@ def difference(model: nn.Module, smaller: nn.Module, graph: Graph, removed: NDAr
     """
     args, kwargs = arguments(example)
     try:
-        with untouched(smaller):
+        with untouched(smaller), _same_draws(example):
             found = tensors_in(smaller(*args, **kwargs))
     except Exception as error:
         raise ModelError(
             f"the cut model fails on the example: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         ) from error
-    wanted = masked_output(model, graph, removed, example)
+    with _same_draws(example):
+        wanted = masked_output(model, graph, removed, example)
     if [t.shape for t in found] != [t.shape for t in wanted]:
         raise ModelError(
             f"the cut changed the output's shape from {[tuple(t.shape) for t in wanted]} to {[tuple(t.shape) for t in found]}"
         )
+    worst = _worst(found, wanted)
+    if graph.recording.replaced:  # what was traced has to be what the model does
+        with untouched(model), _same_draws(example):
+            own = tensors_in(model(*args, **kwargs))
+        worst = max(worst, _worst(masked_output(model, graph, np.zeros_like(removed), example), own))
+    return worst
+
+
+@contextlib.contextmanager
+def _same_draws(example: Any) -> Iterator[None]:
+    """A forward that draws numbers draws the same ones each time, inside; the generators are left as they were."""
+    devices = {t.device for t in pytree.tree_leaves(arguments(example)) if isinstance(t, Tensor) and t.is_cuda}
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(0)
+        yield
+
+
+def _worst(found: list[Tensor], wanted: list[Tensor]) -> float:
     worst = 0.0
     for a, b in zip(found, wanted, strict=True):
         if a.numel() and (a.is_floating_point() or a.is_complex()):

@@ -42,11 +42,13 @@ def _product(c: Coupler, node: Node, a: Value, b: Value) -> list[Dim]:
     left, right = list(c.labels_of(a)), list(c.labels_of(b))
     inner = left.pop()
     other = right.pop(0) if b.ndim <= 2 else right.pop(-2)
-    c.contract(a, inner, other, node, activations=not (c.is_weight(a) or c.is_weight(b)))
+    activations = not (c.is_weight(a) or c.is_weight(b))
+    c.contract(a, inner, other, node, activations=activations)
     if a.ndim == 3 and b.ndim == 3:
         batch = c.tie(left[0], right[0], node, "")
-        c.mark(batch, "head")
-        c.mark(right[-1], "head_dim")
+        if activations:
+            c.mark(batch, "head")
+            c.mark(right[-1], "head_dim")
         return [batch, left[1], right[1]]
     return left + right
 
