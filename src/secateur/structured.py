@@ -14,12 +14,8 @@ from secateur.budgets.choose import choose_counts
 from secateur.data.batches import Batch, Batches, Loss, inputs_of
 from secateur.errors import LayerError, ModelError, RecipeError
 from secateur.graph import Graph, Group, bypass_difference, choose_groups, cut, difference, lowest, make_plan, select, trace
-<<<<<<< HEAD
 from secateur.graph.choose import Competitor, Scope, competitors
-=======
-from secateur.graph.choose import Scope
 from secateur.graph.config import describe_config
->>>>>>> main
 from secateur.graph.prune import TOLERANCE
 from secateur.job import check_data
 from secateur.layer_dropping import plan_blocks
