@@ -109,7 +109,8 @@ def page(rows: dict[str, dict[str, Any]]) -> list[str]:
         f"of the validation text. Perplexity: the first {JUDGED} windows of {JUDGED_LENGTH} tokens of the test text, each by",
         "itself. All 210 weights of the 30 blocks lose the same share. Error is the mean over layers, squared, of outputs",
         "relative to their size; seconds are of pruning alone (not of loading and judging), memory is the peak.",
-        '"Plain" is the authors\' formulas as tests/authors.py writes them, on the same data.',
+        '"Plain" is the authors\' formulas as tests/authors.py writes them, on the same data. What is not in the table was not',
+        "measured yet.",
         "",
     ]
     head = ("setting", "method", "perplexity", "error", "seconds", "CPU seconds", "threads", "peak GB")

@@ -38,6 +38,7 @@ _HOME = {
     "measure": "secateur.measure.measure",
     "plan": "secateur.prune",
     "prune": "secateur.prune",
+    "prune_checkpoint": "secateur.stream.run",
     "reestimate_norms": "secateur.repair",
     "save": "secateur.export.artifact",
     "scan": "secateur.measure.scan",
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
     from secateur.recipe import Recipe as Recipe
     from secateur.repair import reestimate_norms as reestimate_norms
     from secateur.runtime.deploy import deploy as deploy
+    from secateur.stream.run import prune_checkpoint as prune_checkpoint
     from secateur.train.finetune import finetune as finetune
     from secateur.train.gradual import gradual as gradual
     from secateur.train.hold import hold as hold

@@ -70,5 +70,6 @@ class Progress:
         shutil.rmtree(self.solving, ignore_errors=True)
 
     def clear(self) -> None:
-        """The run is finished: remove its state."""
+        """The run is finished: remove its state, first of all what says whose it is, so that a kill leaves nobody's."""
+        (self._folder / "run").unlink(missing_ok=True)
         shutil.rmtree(self._folder, ignore_errors=True)

@@ -224,7 +224,7 @@ def solve(
     so_far.write(layers)
     for part in known if known is not None else [stats]:
         for name, layer_stats in part.items():
-            so_far.add(name, *_solve_layer(layers[name], layer_stats, scores[name], counts[name], method))
+            so_far.add(name, *solve_layer(layers[name], layer_stats, scores[name], counts[name], method))
         so_far.save(layers)
     masks: dict[str, Tensor] = {}
     for name, layer in layers.items():
@@ -234,7 +234,7 @@ def solve(
     return Solved(MaskSet(masks), so_far.errors, tuple(so_far.notes))
 
 
-def _solve_layer(
+def solve_layer(
     layer: Layer, stats: LayerStats, units: UnitScores, keep: IntTensor, method: Method
 ) -> tuple[Tensor, float | None, tuple[str, ...]]:
     """The solver's answer, written into the layer's parameter: mask as stored, relative output error if known, notes."""

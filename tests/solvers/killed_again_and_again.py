@@ -1,6 +1,6 @@
 """Runs a calibrated pruning run in forked children that are killed at random moments, and resumes what they leave.
 
-    python killed_again_and_again.py FOLDER KILLS SEED
+    python killed_again_and_again.py FOLDER KILLS SEED [stream]
 
 A fork starts in milliseconds where a fresh interpreter takes seconds, so many moments can be tried. Prints as JSON how many
 children were killed, how many of them left state to resume, and the digests of what the finished runs wrote.
@@ -8,6 +8,7 @@ children were killed, how many of them left state to resume, and the digests of 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib
 import json
@@ -24,6 +25,7 @@ import torch
 from test_solve_resume import network
 
 import secateur as sc
+from secateur.models.torchvision_shim import prepare_torchvision
 
 
 def run(out: Path) -> None:
@@ -34,6 +36,23 @@ def run(out: Path) -> None:
     data = [torch.randn(20, 6, generator=torch.Generator().manual_seed(i)) for i in range(2)]
     more = {"schedule": "cubic", "steps": 2, "pattern": "element", "criterion": "wanda", "solver": "sparsegpt"}
     sc.prune(network(), sparsity=0.6, data=data, out=out, overwrite=True, **more)
+
+
+def streamed(checkpoint: Path, out: Path) -> None:
+    """The same of a checkpoint that is read a block at a time."""
+    data = [{"input_ids": torch.randint(32, (2, 9), generator=torch.Generator().manual_seed(i))} for i in range(2)]
+    sc.prune_checkpoint(checkpoint, out=out, data=data, sparsity=0.5, solver="sparsegpt", overwrite=True)
+
+
+def small_llama(folder: Path) -> Path:
+    """A checkpoint in several shards."""
+    prepare_torchvision()
+    transformers = importlib.import_module("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(folder / "checkpoint", max_shard_size="6KB")
+    return folder / "checkpoint"
 
 
 def forked(work: Callable[[], None], seconds: float | None) -> bool:
@@ -89,4 +108,6 @@ def repeat(folder: Path, kills: int, seed: int, work: Callable[[Path], None]) ->
 if __name__ == "__main__":
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    print(json.dumps(repeat(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), run)))
+    place = Path(sys.argv[1])
+    work = functools.partial(streamed, small_llama(place)) if "stream" in sys.argv else run
+    print(json.dumps(repeat(place, int(sys.argv[2]), int(sys.argv[3]), work)))

@@ -36,7 +36,7 @@ def run(path, **options):
 @pytest.mark.parametrize("survives", range(10))
 def test_killed_at_any_layer(tmp_path, monkeypatch, survives):
     wanted = run(tmp_path / "whole")
-    solve_layer, calls = selection._solve_layer, []
+    solve_layer, calls = selection.solve_layer, []
 
     def count(*args):
         calls.append(1)
@@ -45,13 +45,13 @@ def test_killed_at_any_layer(tmp_path, monkeypatch, survives):
         return solve_layer(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(selection, "_solve_layer", count)
+        patch.setattr(selection, "solve_layer", count)
         with pytest.raises(Killed):
             run(tmp_path / "run")
     assert not (tmp_path / "run").exists()
     calls.clear()
     with monkeypatch.context() as patch:
-        patch.setattr(selection, "_solve_layer", lambda *a: calls.append(1) or solve_layer(*a))
+        patch.setattr(selection, "solve_layer", lambda *a: calls.append(1) or solve_layer(*a))
         found = run(tmp_path / "run")
     done_before = 0 if survives == 0 else 1 + 2 * ((survives - 1) // 2)
     assert len(calls) == 10 - done_before, "what was solved is not solved again"

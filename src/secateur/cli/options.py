@@ -240,6 +240,14 @@ Scan = Annotated[
         "--scan", help="Also measure how much each layer bears, and show the curves in the report.", rich_help_panel=RUN
     ),
 ]
+Stream = Annotated[
+    bool,
+    typer.Option(
+        "--stream",
+        help="Prune the checkpoint hf:DIR a block at a time, with no more in memory: it may be larger. Takes --data and --out.",
+        rich_help_panel=RUN,
+    ),
+]
 Out = Annotated[
     Path | None,
     typer.Option("--out", "-o", help="Directory to write: weights, recipe, report.", show_default=False, rich_help_panel=RUN),

@@ -50,6 +50,7 @@ def command(
     batch_size: o.BatchSize = 32,
     limit: o.Limit = None,
     scan: o.Scan = False,
+    stream: o.Stream = False,
     to: o.Out = None,
     overwrite: o.Overwrite = False,
     threads: o.Threads = None,
@@ -71,6 +72,11 @@ def command(
     )  # fmt: skip
     criteria = [piece(c) for c in listed(criterion)]
     recipes = variants(common, numbers(sparsity, "--sparsity"), criteria, listed(budget))
+    if stream:
+        with progress_bars(json):
+            report = streamed(model, recipes, data, to, overwrite, threads)
+        show([report], None, json)
+        return
     if to is None and not json:
         err.print("[dim]nothing will be written: give --out DIR to keep the pruned model and its report[/dim]")
     with progress_bars(json):
@@ -79,6 +85,19 @@ def command(
         )
         reports = run(inputs, recipes, to, overwrite, sensitivity(inputs, recipes[0]) if scan or needs_scan(recipes[0]) else ())
     show(reports, to, json)
+
+
+def streamed(model: str, recipes: list[Recipe], data: str | None, to: Path | None, overwrite: bool, threads: int | None) -> Any:
+    """The report of a checkpoint directory pruned a block at a time."""
+    import torch
+
+    import secateur as sc
+
+    if not model.startswith("hf:") or to is None or len(recipes) > 1:
+        raise RecipeError("--stream prunes one hf:DIR by one recipe into --out DIR")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    return sc.prune_checkpoint(model.removeprefix("hf:"), recipes[0], data=data, out=to, overwrite=overwrite)
 
 
 def variants(common: Recipe, sparsities: list[float], criteria: list[Any], budgets: list[str]) -> list[Recipe]:

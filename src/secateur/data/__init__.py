@@ -8,6 +8,7 @@ from secateur.data import folder, npz, python, text
 from secateur.data.evaluate import Evaluate, accuracy, default_evaluator, load_evaluator, loss, perplexity
 from secateur.data.load import Dataset, load_data
 from secateur.data.registry import DATA, Samples
+from secateur.data.similarity import similarity
 
 __all__ = [
     "DATA",
@@ -23,5 +24,6 @@ __all__ = [
     "npz",
     "perplexity",
     "python",
+    "similarity",
     "text",
 ]

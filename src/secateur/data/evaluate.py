@@ -36,7 +36,7 @@ def accuracy(batches: Iterable[Batch], topk: Sequence[int] = (1, 5)) -> Evaluate
 
     def evaluate(model: nn.Module) -> dict[str, float]:
         hits, total, classes, seen = dict.fromkeys(topk, 0), 0, 2, set[int]()
-        with _evaluating(model):
+        with evaluating(model):
             for batch in track(batches, "evaluate"):
                 scores = output_tensor(forward(model, _without_labels(batch)))
                 ranks, labels, classes = _ranks(scores, batch)
@@ -63,7 +63,7 @@ def perplexity(batches: Iterable[Batch]) -> Evaluate:
 
     def evaluate(model: nn.Module) -> dict[str, float]:
         total, count = 0.0, 0
-        with _evaluating(model):
+        with evaluating(model):
             for batch in track(batches, "evaluate"):
                 targets = _targets(batch)
                 logits = output_tensor(forward(model, _without_labels(batch)))
@@ -89,7 +89,7 @@ def loss(batches: Iterable[Batch], loss: Loss | None = None) -> Evaluate:
 
     def evaluate(model: nn.Module) -> dict[str, float]:
         total, count = 0.0, 0
-        with _evaluating(model):
+        with evaluating(model):
             for batch in track(batches, "evaluate"):
                 size = size_of(batch)
                 total += float(measure(model, batch)) * size
@@ -102,13 +102,17 @@ def loss(batches: Iterable[Batch], loss: Loss | None = None) -> Evaluate:
 
 
 def default_evaluator(loaded: Loaded, batches: Iterable[Batch]) -> Evaluate:
-    """Perplexity for language models, accuracy for whole labels, the loss for others.
+    """Perplexity for language models, similarity for pairs encoded apart, accuracy for whole labels, the loss for others.
 
     Raises DataError where the data has no labels, which leaves nothing to compare with.
     """
     if loaded.task == "text-lm":
         return perplexity(batches)
+    from secateur.data.similarity import is_apart, similarity
+
     first = next(iter(batches), None)
+    if is_apart(first):
+        return similarity(batches)
     labels = labels_of(first) if first is not None else None
     if labels is None:
         raise DataError(
@@ -125,7 +129,7 @@ def load_evaluator(source: str) -> Evaluate:
     function, parsed = load_callable(source, DataError)
 
     def evaluate(model: nn.Module) -> dict[str, float]:
-        with _evaluating(model):
+        with evaluating(model):
             value = call(function, parsed, model)
         values = value if isinstance(value, Mapping) else {parsed.rest.rpartition(":")[2]: value}
         try:
@@ -196,7 +200,7 @@ def _top_name(k: int) -> str:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode and no gradients inside the block; every module's own mode is restored after it."""
     training = {module: module.training for module in model.modules()}
     model.eval()

@@ -47,6 +47,7 @@ class TextLines:
     tokenizer: Any
     seqlen: int | None
     classes: tuple[str, ...] | None = None
+    apart: bool = False  #: whether the texts of a pair are encoded each for itself
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -59,8 +60,13 @@ class TextLines:
             raise DataError(
                 "the tokenizer has no padding token, so lines cannot form a batch: use batch size 1 or blocks (seqlen=)"
             )
-        encoded = self.tokenizer(*columns, padding=pad, truncation=True, max_length=self.seqlen, return_tensors="pt")
-        batch = dict(encoded)
+        settings = {"padding": pad, "truncation": True, "max_length": self.seqlen, "return_tensors": "pt"}
+        if self.apart:
+            batch: Batch = {
+                side: dict(self.tokenizer(c, **settings)) for side, c in zip(("first", "second"), columns, strict=True)
+            }
+        else:
+            batch = dict(self.tokenizer(*columns, **settings))
         if self.labels is not None:
             batch["labels"] = self._labels[torch.as_tensor(indices)]
         return batch
@@ -80,13 +86,15 @@ def from_text(
     lines: bool | None = None,
     columns: Any = None,
     label: Any = None,
+    apart: bool = False,
 ) -> Samples:
     """``text:FILE`` or ``text:FILE,FILE``: tokenised by the loaded model's tokenizer.
 
     For a language model the text is cut into blocks of `seqlen` tokens (512, or what the model can take), without special
     tokens. For an encoder, or with ``?lines=true``, every line that is not empty is a sample, cut at `seqlen` tokens.
     ``?columns=sentence&label=label`` or ``?columns=5,6&label=4`` reads a table instead (tabs or commas; names need a header
-    line, numbers count from 0): one column of text or two for a pair, and one of labels.
+    line, numbers count from 0): one column of text or two for a pair, and one of labels. ``&apart=true`` encodes the texts of a
+    pair each for itself, for models that are judged by the similarity of their embeddings.
     """
     tokenizer = loaded.tokenizer if loaded is not None else None
     if tokenizer is None or loaded is None:
@@ -99,7 +107,11 @@ def from_text(
         raise DataError(f"label={label!r} names a column: say with columns= which ones are text")
     if columns is not None:
         texts, labels = _table(paths, columns if isinstance(columns, tuple) else (columns,), label)
-        return TextLines(texts, labels, tokenizer, length)
+        if apart and len(texts[0]) != 2:
+            raise DataError(f"apart=true needs two columns of text, got columns={columns!r}")
+        return TextLines(texts, labels, tokenizer, length, apart=apart)
+    if apart:
+        raise DataError("apart=true is for pairs: say with columns= which two columns are text")
     if lines if lines is not None else loaded.task != "text-lm":
         found = [line for path in paths for line in _read(path).splitlines()]
         kept = tuple((line.strip(),) for line in found if line.strip())

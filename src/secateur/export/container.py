@@ -82,12 +82,12 @@ def file_bytes(parts: Sequence[Part]) -> int:
     return len(_header(_ordered(parts))) + sum(p.nbytes for p in parts)
 
 
-def write(path: Path, parts: Sequence[Part]) -> str:
-    """Write and sync a safetensors file; returns its SHA-256. The same parts make the same bytes."""
+def write(path: Path, parts: Sequence[Part], metadata: Mapping[str, str] | None = None) -> str:
+    """Write and sync a safetensors file; returns its SHA-256. The same parts and metadata make the same bytes."""
     parts = _ordered(parts)
     digest = hashlib.sha256()
     with open(path, "xb") as file:
-        header = _header(parts)
+        header = _header(parts, metadata)
         file.write(header)
         digest.update(header)
         advance("saving", 0, len(parts))
@@ -201,8 +201,8 @@ def _ordered(parts: Sequence[Part]) -> list[Part]:
     return sorted(parts, key=lambda part: -part.dtype.itemsize)
 
 
-def _header(parts: Sequence[Part]) -> bytes:
-    table: dict[str, Any] = {}
+def _header(parts: Sequence[Part], metadata: Mapping[str, str] | None = None) -> bytes:
+    table: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
     offset = 0
     for part in parts:
         span = [offset, offset + part.nbytes]

@@ -56,6 +56,22 @@ def from_huggingface(
     return Loaded(model, str(_canonical(source, folder)), name, task, _example(model, tokenizer, image), tokenizer, image)
 
 
+def skeleton(folder: Path) -> Loaded:
+    """The model and tokenizer of a directory with its config.json, without reading any weights: they are drawn at random.
+
+    Raises ModelError for a directory that is no Hugging Face model.
+    """
+    transformers = _import_transformers()
+    _check_folder(folder, None)
+    given = {"trust_remote_code": False}
+    with no_pickle(), _quiet(transformers), _explained(str(folder)):
+        config = transformers.AutoConfig.from_pretrained(str(folder), **given)
+        model = _class_of(transformers, config, causal=False)(config).eval()
+        tokenizer = _tokenizer(transformers, str(folder), folder, given)
+    image = _image(transformers, str(folder), model)
+    return Loaded(model, f"hf:{folder}", folder.name, _task(model, image), None, tokenizer, image)
+
+
 def _import_transformers() -> Any:
     prepare_torchvision()
     try:

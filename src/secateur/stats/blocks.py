@@ -51,11 +51,11 @@ def grams_in_turn(
     entered while a block is run, for models whose weights lie on disk. Raises what `collect` raises.
     """
     lists = find_blocks(model, layers)
-    inside = {name for blocks in lists for block in blocks for name in _within(block, layers)}
+    inside = {name for blocks in lists for block in blocks for name in within(block, layers)}
     rest = {n: layer for n, layer in layers.items() if n not in inside}
     order = {name: i for i, name in enumerate(layers)}
     for blocks in lists:
-        start = min(order[name] for block in blocks for name in _within(block, layers))
+        start = min(order[name] for block in blocks for name in within(block, layers))
         early = {n: layer for n, layer in rest.items() if order[n] < start}
         yield from _passes(model, early, batches, seed, done)
         rest = {n: layer for n, layer in rest.items() if n not in early}
@@ -81,13 +81,14 @@ def find_blocks(model: nn.Module, layers: Mapping[str, Layer]) -> list[list[str]
         if len(children) < 2 or len({type(m) for _, m in children}) > 1:
             continue
         names = [child for child, _ in children]
-        weights = [sum(layers[n].parameter.numel() for n in _within(child, layers)) for child in names]
-        if min(weights) > 0 and sum(weights) >= _SHARE * total and len(_within(names[0], layers)) > 1:
+        weights = [sum(layers[n].parameter.numel() for n in within(child, layers)) for child in names]
+        if min(weights) > 0 and sum(weights) >= _SHARE * total and len(within(names[0], layers)) > 1:
             found.append(names)
     return found
 
 
-def _within(block: str, layers: Mapping[str, Layer]) -> list[str]:
+def within(block: str, layers: Mapping[str, Layer]) -> list[str]:
+    """Names of the layers inside the module `block`."""
     return [n for n in layers if _below(n, block)]
 
 
@@ -145,7 +146,7 @@ def _replayed(
 ) -> Iterator[dict[str, Tensor]]:
     """Block by block on recorded arguments; in passes of the whole model where the blocks cannot be run by themselves."""
     blocks = [model.get_submodule(name) for name in names]
-    parts = [{n: layers[n] for n in _within(name, layers)} for name in names]
+    parts = [{n: layers[n] for n in within(name, layers)} for name in names]
     spill = Spill(folder=spill_to)
     with phase(model, seed):
         trial = Trial(model, blocks, batches, holding)

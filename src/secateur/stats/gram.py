@@ -25,7 +25,8 @@ from secateur.errors import LayerError
 from secateur.layers import CONVOLUTIONS, Layer
 from secateur.memory import total_memory
 from secateur.stats.inputs import attention_features
-from secateur.stats.watch import Call, Watcher, attention_parent
+from secateur.stats.parallel import active, agree, summed
+from secateur.stats.watch import Call, Watcher
 
 _CHUNK_BYTES = 32 << 20  # of input rows multiplied at once, in float32; what is summed beyond that is summed in float64
 _MOST_POSITIONS = 1 << 15  # patches that one call of a convolution contributes: its positions are sampled beyond that
@@ -67,6 +68,8 @@ class Grams(Watcher[Rows]):
     memory.
     """
 
+    unreadable = "have no Gram matrix here: leave the layer out with ignore=, or take a criterion and a solver that need none"
+
     def __init__(self, model: nn.Module, layers: Mapping[str, Layer]):
         super().__init__(model, layers)
         for layer in layers.values():
@@ -75,19 +78,13 @@ class Grams(Watcher[Rows]):
         self._pending: list[_Pending] = []
         self._finite = True
 
-    def source(self, model: nn.Module, name: str) -> tuple[nn.Module, Reader]:
-        """The module to watch for the parameter `name`, and how to read it."""
-        if (attention := attention_parent(model, name)) is not None:
-            return attention, _attention_output
-        module_name, _, local = name.rpartition(".")
-        module = model.get_submodule(module_name)
-        reader = _reader(module, local)
-        if reader is None:
-            raise LayerError(
-                f"the inputs of {name!r} ({type(module).__name__}) have no Gram matrix here: leave the layer out with ignore=, "
-                "or take a criterion and a solver that need none"
-            )
-        return module, reader
+    def reader(self, module: nn.Module, local: str) -> Reader | None:
+        """How the inputs of the parameter `local` of `module` are read; None where they cannot be."""
+        return _reader(module, local)
+
+    def attention_output(self, call: Call) -> Rows:
+        """How a call of an attention shows the inputs of its output projection."""
+        return _features(call, attention_features(call))
 
     @contextmanager
     def recording(self, batch: Batch) -> Iterator[None]:
@@ -129,14 +126,25 @@ class Grams(Watcher[Rows]):
         return {name for key in self._sums for name in key}
 
     def take(self) -> dict[str, Tensor]:
-        """The matrices by layer, float32; layers of the same inputs get one. The sums go."""
+        """The matrices by layer, float32; layers of the same inputs get one. The sums go.
+
+        Under torch.distributed they are summed over all processes, each of which must have called every layer. Where they saw
+        different layers share their inputs, each layer is summed by itself.
+        """
         of = {name: frozenset(key for key in self._sums if name in key) for name in sorted(self.seen)}
-        made: dict[frozenset[frozenset[str]], Tensor] = {}
-        for keys in sorted(set(of.values()), key=lambda k: sorted(map(sorted, k))):
-            total = torch.stack([self._sums[k] for k in sorted(keys, key=sorted)]).sum(0)
-            made[keys] = total.float()
+        shape = {"|".join(sorted(map(str, map(sorted, keys)))): keys for keys in set(of.values())}
+        totals = {
+            text: torch.stack([self._sums[k] for k in sorted(keys, key=sorted)]).sum(0) for text, keys in sorted(shape.items())
+        }
         self._sums.clear()
-        return {name: made[keys] for name, keys in of.items()}
+        text_of = {name: next(t for t, keys in shape.items() if keys == of[name]) for name in of}
+        if active():
+            if not agree(str(sorted(text_of.items())), next(iter(totals.values())).device):
+                totals = {name: totals[text].clone() for name, text in text_of.items()}
+                text_of = {name: name for name in text_of}
+            summed(totals)
+        made = {text: total.float() for text, total in totals.items()}
+        return {name: made[text] for name, text in text_of.items()}
 
 
 def _product(rows: Rows) -> Tensor:
@@ -220,10 +228,6 @@ def _features(call: Call, features: Tensor | PackedSequence) -> Rows:
 
 def _first(call: Call) -> Rows:
     return _features(call, call.first())
-
-
-def _attention_output(call: Call) -> Rows:
-    return _features(call, attention_features(call))
 
 
 def _attention_input(call: Call) -> Rows:

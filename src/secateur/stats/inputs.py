@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from secateur.errors import LayerError
 from secateur.layers import CONVOLUTIONS, TRANSPOSED, Layer
+from secateur.stats.parallel import summed
 from secateur.stats.swap import swapped
-from secateur.stats.watch import Call, Watcher, attention_parent
+from secateur.stats.watch import Call, Watcher
 
 #: ``reader(call) -> sums of squares``, float64, shaped to broadcast against the parameter as it is stored; None = nothing read.
 Reader = Callable[[Call], Tensor | None]
@@ -22,23 +23,21 @@ class InputNorms(Watcher[Tensor]):
     Raises LayerError, naming the layer, for a weight whose inputs no hook can see.
     """
 
+    unreadable = (
+        "cannot be seen from outside the module: leave the layer out with ignore=, or take a criterion that needs no norms"
+    )
+
     def __init__(self, model: nn.Module, layers: Mapping[str, Layer]):
         super().__init__(model, layers)
         self._sums: dict[str, Tensor] = {}
 
-    def source(self, model: nn.Module, name: str) -> tuple[nn.Module, Reader]:
-        """The module to watch for the parameter `name`, and how to read it."""
-        if (attention := attention_parent(model, name)) is not None:
-            return attention, _attention_output
-        module_name, _, local = name.rpartition(".")
-        module = model.get_submodule(module_name)
-        reader = _reader(module, local)
-        if reader is None:
-            raise LayerError(
-                f"the inputs of {name!r} ({type(module).__name__}) cannot be seen from outside the module: "
-                "leave the layer out with ignore=, or take a criterion that needs no input norms"
-            )
-        return module, reader
+    def reader(self, module: nn.Module, local: str) -> Reader | None:
+        """How the inputs of the parameter `local` of `module` are read; None where they cannot be."""
+        return _reader(module, local)
+
+    def attention_output(self, call: Call) -> Tensor:
+        """How a call of an attention shows the inputs of its output projection."""
+        return call.squares(attention_features(call))[None, :]
 
     def add(self, layer: str, read: Tensor) -> None:
         """Add one call's sums of squares."""
@@ -55,7 +54,8 @@ class InputNorms(Watcher[Tensor]):
 
     def norm(self, layer: Layer) -> Tensor:
         """The l2 norm of each input feature, float32, broadcastable against the canonical weight."""
-        return layer.canonical(self._sums[layer.name].sqrt().float())
+        total = self._sums[layer.name].clone()
+        return layer.canonical(summed({layer.name: total})[layer.name].sqrt().float())
 
 
 def _reader(module: nn.Module, local: str) -> Reader | None:
@@ -148,10 +148,6 @@ def attention_features(call: Call) -> Tensor:
         replaced.append((projection.bias, torch.zeros_like(projection.bias)))
     with torch.no_grad(), swapped(call.module, replaced):
         return call.module(*call.args, **call.kwargs)[0]
-
-
-def _attention_output(call: Call) -> Tensor:
-    return call.squares(attention_features(call))[None, :]
 
 
 _STOCK_FORWARDS = {kind.forward for kind in (*CONVOLUTIONS, *TRANSPOSED)}

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from secateur.data.batches import Batch, token_mask
+from secateur.errors import LayerError
 from secateur.layers import Layer
 
 T = TypeVar("T")
@@ -59,6 +60,8 @@ class Call:
 class Watcher(ABC, Generic[T]):
     """Reads the inputs of `layers` in the forward passes made inside `recording`; a subclass says how and keeps the sums."""
 
+    unreadable: str  #: what is wrong with layers that have no reader, and the remedy
+
     def __init__(self, model: nn.Module, layers: Mapping[str, Layer]):
         self._sources: list[tuple[nn.Module, str, Callable[[Call], T | None]]] = []
         self._unmasked: set[str] = set()
@@ -67,9 +70,24 @@ class Watcher(ABC, Generic[T]):
             # A module shared under two names is one module: hook it once.
             self._sources += [(m, layer.name, read) for m, read in {id(m): (m, read) for m, read in sources}.values()]
 
-    @abstractmethod
     def source(self, model: nn.Module, name: str) -> tuple[nn.Module, Callable[[Call], T | None]]:
         """The module whose calls show the inputs of the parameter `name`, and how to read them; LayerError where none does."""
+        if (attention := attention_parent(model, name)) is not None:
+            return attention, self.attention_output
+        module_name, _, local = name.rpartition(".")
+        module = model.get_submodule(module_name)
+        reader = self.reader(module, local)
+        if reader is None:
+            raise LayerError(f"the inputs of {name!r} ({type(module).__name__}) {self.unreadable}")
+        return module, reader
+
+    @abstractmethod
+    def reader(self, module: nn.Module, local: str) -> Callable[[Call], T | None] | None:
+        """How the inputs of the parameter `local` of `module` are read; None where they cannot be."""
+
+    @abstractmethod
+    def attention_output(self, call: Call) -> T | None:
+        """How a call of an attention shows the inputs of its output projection."""
 
     @abstractmethod
     def add(self, layer: str, read: T) -> None:
