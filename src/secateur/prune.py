@@ -240,7 +240,7 @@ def _step(job: Job, model: nn.Module, step: int, masks: MaskSet | None, progress
     """One pruning step: statistics, masks and weights, repair, training."""
     target = job.schedule((step + 1) / job.recipe.steps, job.sparsity)
     calibration = job.statistics(model)
-    so_far = SolvedSoFar(progress.solving if progress is not None and job.method.solver_needs else None)
+    so_far = SolvedSoFar(progress.solving(step) if progress is not None and job.method.solver_needs else None)
     solved = solve(
         job.layers,
         calibration.layers,
@@ -260,7 +260,7 @@ def _repair(job: Job | UnitJob, model: nn.Module, step: int, masks: MaskSet | No
         reestimate_norms(model, job.batches)
     if job.recipe.finetune is not None and job.train is not None:
         settings = job.recipe.finetune.model_dump(exclude={"distill"})
-        checkpoint = None if progress is None else progress.training
+        checkpoint = None if progress is None else progress.training(step)
         loss = job.train_loss or job.loss
         finetune(model, job.train, masks=masks, loss=loss, seed=job.recipe.seed + step, checkpoint=checkpoint, **settings)
 

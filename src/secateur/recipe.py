@@ -127,7 +127,8 @@ class Recipe(_Strict):
     width and layer are cut out for real."""
     allocation: Piece | None = None
     """How much each layer loses. By default global, and uniform for n:m. Of units cut out: uniform (the default), global,
-    or isomorphic, by which those of groups that do the same in different blocks compete."""
+    or isomorphic, by which those of groups that do the same in different blocks compete; sensitivity, by the curves of a
+    scan; and of a budget gain (the default of milliseconds), which loses the least score for what it saves."""
     schedule: Piece = "one-shot"
     """How the sparsity grows over the steps."""
     regrow: Piece = "none"

@@ -42,15 +42,13 @@ class Progress:
         """Checkpoint of the training before the cut."""
         return self._folder / "slimming.safetensors"
 
-    @property
-    def training(self) -> Path:
-        """Checkpoint of the fine-tuning in hand."""
-        return self._folder / "training.safetensors"
+    def training(self, step: int) -> Path:
+        """Checkpoint of the fine-tuning in a step. Each has its own name: one that a kill left behind is no other step's."""
+        return self._folder / f"training-{step}.safetensors"
 
-    @property
-    def solving(self) -> Path:
-        """Folder of the layers solved so far in the step in hand."""
-        return self._folder / "solving"
+    def solving(self, step: int) -> Path:
+        """Folder of the layers solved so far in a step."""
+        return self._folder / f"solving-{step}"
 
     def restore(self, model: nn.Module) -> tuple[int, MaskSet | None, list[Point]]:
         """Steps done, masks and points so far; the weights go into `model`. Nothing done where there is nothing to resume."""
@@ -63,11 +61,11 @@ class Progress:
         return state["step"], MaskSet(state["masks"]), [Point(**p) for p in state["points"]]
 
     def save(self, step: int, model: nn.Module, masks: MaskSet, points: list[Point]) -> None:
-        """Keep the state after `step` steps; the training of the next step starts afresh."""
+        """Keep the state after `step` steps, and let go of what led to it."""
         state = {"step": step, "model": dict(model.state_dict()), "masks": dict(masks), "points": [vars(p) for p in points]}
         save_state(self._folder / "step.safetensors", state)
-        self.training.unlink(missing_ok=True)
-        shutil.rmtree(self.solving, ignore_errors=True)
+        self.training(step - 1).unlink(missing_ok=True)
+        shutil.rmtree(self.solving(step - 1), ignore_errors=True)
 
     def clear(self) -> None:
         """The run is finished: remove its state, first of all what says whose it is, so that a kill leaves nobody's."""

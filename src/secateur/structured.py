@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from secateur.budgets.amount import parse_budget
 from secateur.budgets.choose import choose_counts
 from secateur.data.batches import Batch, Batches, Loss, inputs_of
 from secateur.errors import LayerError, ModelError, RecipeError
 from secateur.graph import Graph, Group, bypass_difference, choose_groups, cut, difference, lowest, make_plan, select, trace
-from secateur.graph.choose import Scope
+from secateur.graph.choose import Competitor, Scope, competitors
 from secateur.graph.config import describe_config
 from secateur.graph.prune import TOLERANCE
 from secateur.job import check_data
@@ -22,6 +23,7 @@ from secateur.layers import check_finite, find_layers, matches
 from secateur.patterns import Units
 from secateur.recipe import Recipe
 from secateur.repair_units import refit, write
+from secateur.select import removed_count
 from secateur.sparsity import check_sparsity
 from secateur.types import MaskSet, Plan, Sensitivity
 from secateur.unit_scoring import check_forced, criterion_entry, forced_units, score_units
@@ -29,8 +31,9 @@ from secateur.unit_scoring import check_forced, criterion_entry, forced_units, s
 #: Allocations of units that are cut out -> whose units compete: uniform within each group, isomorphic among groups that do the
 #: same in different blocks (Fang et al. 2024, Isomorphic Pruning for Vision Models), global among all.
 ALLOCATIONS: Mapping[str, Scope] = {"uniform": "local", "isomorphic": "isomorphic", "global": "global"}
-#: The allocation by which every group loses as much as makes the same damage, by the curves of `sc.scan`.
-BY_CURVES = "sensitivity"
+#: The allocation by which every group loses as much as makes the same damage, by the curves of `sc.scan`; and the one by which
+#: the least score is lost for what is saved of a budget.
+BY_CURVES, BY_GAIN = "sensitivity", "gain"
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,12 @@ class UnitJob:
         """The example without its labels, as the graph takes it: a tuple of arguments, or a mapping of named ones."""
         args, kwargs = inputs_of(self.example)
         return kwargs or args
+
+    @property
+    def allocation(self) -> str:
+        """The recipe's; by default uniform, and of a budget in milliseconds by gain."""
+        timed = self.recipe.budget is not None and parse_budget(self.recipe.budget).unit == "ms"
+        return str(self.recipe.allocation or (BY_GAIN if timed else "uniform"))
 
     @property
     def pattern_name(self) -> str:
@@ -179,17 +188,30 @@ def choose_units(model: nn.Module, job: UnitJob) -> Chosen:
     for group, gone in forced.items():
         scores[group][gone] = -torch.inf
     widths: dict[str, Any] = {"round_to": units.round_to, "min_width": units.min_width}
-    scope = job.sensitivity if recipe.allocation == BY_CURVES else ALLOCATIONS[recipe.allocation or "uniform"]  # type: ignore[index]
     budget = None
-    if job.sparsity is not None and isinstance(scope, str):
-        removed = select(graph, groups, scores, job.sparsity, scope=scope, **widths)
+    if job.sparsity is not None and job.allocation in ALLOCATIONS:
+        if job.allocation == "uniform" and units.min_width == 1:
+            _check_not_emptied(competitors(graph, groups, scores), job.sparsity, units)
+        removed = select(graph, groups, scores, job.sparsity, scope=ALLOCATIONS[job.allocation], **widths)
     else:
         target = recipe.budget if job.sparsity is None else job.sparsity
+        scope = job.sensitivity if job.allocation == BY_CURVES else ALLOCATIONS.get(job.allocation, BY_GAIN)
         where: dict[str, Any] = {"target": target, "scope": scope, "example": job.example}
         kept, budget = choose_counts(model, graph, groups, scores, **where, **widths)
         removed = lowest(groups, scores, kept)
     check_forced(graph, forced, removed)
     return Chosen(graph, removed, replace(make_plan(graph, model, removed), budget=budget), ranked.notes)
+
+
+def _check_not_emptied(rivals: Iterable[Competitor], sparsity: float, units: Units) -> None:
+    """Refuse a sparsity by which nothing would be left of a group. Where a least width is asked for, that stays."""
+    emptied = [c for c in rivals if removed_count(c.units, sparsity) >= c.units]
+    if emptied:
+        names = ", ".join(f"{c.groups[0].name!r} ({c.units} units)" for c in emptied[:3]) + (", ..." if emptied[3:] else "")
+        raise LayerError(
+            f"sparsity={sparsity:g} would leave nothing of {names}. Lower it, leave them out with ignore=, or say how many "
+            f"units shall stay at least: pattern={{'name': {units.name!r}, 'min_width': 2}}."
+        )
 
 
 def masks_of(model: nn.Module, plan: Plan) -> MaskSet:
@@ -223,8 +245,10 @@ def _check(recipe: Recipe, units: Units) -> float | None:
                     f"pattern 'layer' takes whole blocks out: {key}={value!r} has no meaning there. Leave it out."
                 )
         return None if recipe.sparsity is None else check_sparsity(recipe.sparsity)
-    if recipe.allocation is not None and recipe.allocation not in (known := [*ALLOCATIONS, BY_CURVES]):
+    if recipe.allocation is not None and recipe.allocation not in (known := [*ALLOCATIONS, BY_CURVES, BY_GAIN]):
         raise RecipeError(f"pattern {units.name!r} knows the allocations {', '.join(known)}; got {recipe.allocation!r}")
+    if recipe.allocation == BY_GAIN and recipe.budget is None:
+        raise RecipeError(f"allocation {BY_GAIN!r} weighs scores against what a budget saves: give a budget, not a sparsity")
     if recipe.steps > 1:
         raise RecipeError(
             f"pattern {units.name!r} is cut in one step, steps={recipe.steps}. Prune the result again to go further."

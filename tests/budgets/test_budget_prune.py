@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import secateur as sc
-from secateur.errors import BudgetError, RecipeError
+from secateur.errors import BudgetError, LayerError, RecipeError
 from secateur.measure.macs import macs
 from secateur.measure.sizes import sizes
 from secateur.recipe import Recipe
@@ -27,7 +27,7 @@ def example() -> torch.Tensor:
     return torch.randn(2, 3, 8, 8)
 
 
-@pytest.mark.parametrize("allocation", [None, "global", "isomorphic"])
+@pytest.mark.parametrize("allocation", [None, "global", "isomorphic", "gain"])
 @pytest.mark.parametrize(("budget", "found"), [
     ("60% MACs", lambda m, x: macs(m, x).dense),
     ("900 params", lambda m, x: sizes(m).parameters),
@@ -69,6 +69,7 @@ def test_masks_keep_to_nonzero_parameters_and_their_multiply_adds(model, example
     ({"pattern": "channel", "budget": "50% MACs", "sparsity": 0.5}, "give one of them"),
     ({"pattern": "channel", "budget": "lots"}, "is not understood"),
     ({"pattern": "channel"}, "or a budget"),
+    ({"pattern": "channel", "sparsity": 0.5, "allocation": "gain"}, "give a budget"),
 ])  # fmt: skip
 def test_what_cannot_be_asked_is_refused_before_any_work(model, example, keys, words):
     with pytest.raises(RecipeError, match=words):
@@ -96,3 +97,29 @@ def test_a_recipe_file_carries_a_budget(tmp_path):
     assert recipe.budget == "50% MACs"
     (tmp_path / "r.toml").write_text(recipe.to_toml())
     assert Recipe.make(tmp_path / "r.toml") == recipe
+
+
+def test_a_sparsity_that_empties_a_layer_is_refused_by_name(model, example):
+    with pytest.raises(LayerError, match=r"sparsity=0\.95 would leave nothing of '0\.weight' \(8 units\)"):
+        sc.prune(model, pattern="channel", sparsity=0.95, example=example)
+    at_least = sc.prune(model, pattern={"name": "channel", "min_width": 2}, sparsity=0.95, example=example).model
+    assert (at_least[0].out_channels, at_least[3].out_channels) == (2, 2)
+    assert sc.plan(model, pattern="channel", sparsity=0.93, example=example).sparsity > 0.9
+
+
+def test_milliseconds_are_chosen_by_gain_and_reported_with_their_spread(model, example):
+    """A budget so generous that nothing is cut: no time that was measured decides over this test."""
+    result = sc.prune(model, pattern="channel", budget="1000000 ms", example=example)
+    outcome = result.report.budget
+    assert outcome.low <= outcome.achieved <= outcome.high
+    assert not result.plan.cuts
+    assert any("quartiles" in note for note in result.report.notes)
+
+
+def test_units_that_are_forced_go_under_a_budget_and_do_not_come_back(model, example):
+    for allocation in ("uniform", "global", "gain"):
+        keys = {"pattern": "channel", "allocation": allocation, "force": ("0[2,5]",), "example": example}
+        plan = sc.plan(model, budget="60% MACs", **keys)
+        kept = next(c.kept for c in plan.cuts if (c.tensor, c.dim) == ("0.weight", 0))
+        assert not {2, 5} & set(kept)
+        assert plan.budget.promised <= plan.budget.limit

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from secateur.budgets.amount import parse_budget
-from secateur.budgets.fit import Problem
+from secateur.budgets.cost import cost_of
+from secateur.budgets.fit import Problem, fit
 from secateur.budgets.latency import fit_latency
 from secateur.budgets.path import by_gain, counts, in_scope
 from secateur.budgets.table import latency_table
@@ -153,7 +155,7 @@ def test_by_gain_what_saves_most_for_its_score_goes_first(example):
     problem = problem_of(model, example)
     early, _, late = problem.competitors
     table = latency_table(problem.graph, problem.widths(), FakeClock(example).call, torch.device("cpu"))
-    order = by_gain(problem.competitors, table)
+    order = by_gain(problem.competitors, [2, 2, 2], table)
     places = {c: [i for i, step in enumerate(order) if step.of is c] for c in (early, late)}
     assert max(places[early][:8]) < places[late][0]
     assert len(order) == len(problem.steps)
@@ -173,5 +175,32 @@ def test_by_gain_looks_over_plateaus(example):
                 n // 8 * (10 if g == first.groups[0].id else 1) for g, n in kept.items()
             )
 
-    order = by_gain([first, second], Blocks())
+    order = by_gain([first, second], [2, 2], Blocks())
     assert [step.of for step in order[:8]] == [first] * 8, "whole blocks of 8 units at once"
+
+
+def test_by_gain_a_unit_of_many_layers_is_worth_as_much_more(example):
+    """Two equal layers; of one the units belong to 20 times as many layers, so the other goes first although it saves less."""
+    model = nn.Sequential(nn.Conv2d(3, 16, 1), nn.ReLU(), nn.Conv2d(16, 16, 1), nn.ReLU(), nn.Conv2d(16, 2, 1))
+    problem = problem_of(model, example)
+    first, second = problem.competitors
+    cost = cost_of(model, problem.graph, problem.widths(), "MACs")
+    alone = by_gain([first, second], [2, 2], cost)
+    shared = by_gain([first, second], [40, 2], cost)
+    assert first in {step.of for step in alone[:4]}
+    assert {step.of for step in shared[:12]} == {second}
+
+
+def test_gain_loses_less_score_than_one_ratio_under_the_same_budget(example):
+    """Whatever the widths, the score that is kept, in shares of each group's total, is at least that of one ratio for all."""
+    model = network()
+    uniform = problem_of(model, example)
+    for share in (70, 50, 30):
+        amount = parse_budget(f"{share}% MACs")
+        cost = cost_of(model, uniform.graph, uniform.widths(), "MACs")
+        gain = replace(uniform, steps=by_gain(uniform.competitors, [1] * len(uniform.competitors), cost))
+        kept = [
+            sum(float(c.ranked[: found[c.groups[0].id]].sum() / c.ranked.sum()) for c in uniform.competitors)
+            for found in (fit(uniform, amount)[0], fit(gain, amount)[0])
+        ]
+        assert kept[1] >= kept[0]

@@ -42,3 +42,8 @@ def test_every_public_name_loads_and_is_documented():
 
 def test_an_unknown_name_is_an_attribute_error():
     assert not hasattr(secateur, "prunes")
+
+
+def test_parts_that_stand_on_each_other_can_be_imported_in_any_order():
+    for first in ("secateur.budgets.choose", "secateur.measure.scan_units", "secateur.structured"):
+        assert run(f"import {first}; print('done')") == "done"

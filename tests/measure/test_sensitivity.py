@@ -114,6 +114,8 @@ def test_the_allocation_goes_by_the_curves(sparsity):
 
 def test_curves_that_are_missing_are_said():
     model = network()
+    with pytest.raises(RecipeError, match="no fractions to scan"):
+        sc.scan(model, evaluate=close_to_dense(model), pattern="layer", example=EXAMPLE)
     with pytest.raises(RecipeError, match="pass sensitivity="):
         sc.plan(model, pattern="channel", sparsity=0.5, allocation="sensitivity", example=EXAMPLE)
     other = [Sensitivity("0.weight", (0.0, 0.5), (1.0, 0.5))]

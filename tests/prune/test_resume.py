@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 CODE = """
 import sys, torch
@@ -75,3 +76,24 @@ def test_stopped_again_and_again_it_ends_in_the_same_bytes(tmp_path, reference, 
     assert stops >= 1
     assert weights(out) == reference
     assert {p.name for p in tmp_path.iterdir()} <= {"run", ".run.lock"}, "the state of the run is gone once it is finished"
+
+
+def test_what_a_kill_left_of_one_step_is_not_taken_for_the_next(tmp_path, monkeypatch):
+    """Killed after a step was kept and before what led to it was removed, a run goes on; it once stopped with an error."""
+    model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+    x = torch.randn(16, 6, generator=torch.Generator().manual_seed(0))
+    settings = {
+        "sparsity": 0.5, "steps": 3, "schedule": "iterative", "solver": "sparsegpt", "finetune": {"epochs": 1},
+        "data": [(x, torch.arange(16) % 3)],
+    }  # fmt: skip
+    expected = sc.prune(model, out=tmp_path / "whole", **settings).model.state_dict()
+
+    def killed(self, missing_ok=False):
+        raise SystemExit
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(type(tmp_path), "unlink", killed)
+        sc.prune(model, out=tmp_path / "run", **settings)
+    assert (tmp_path / ".run.progress" / "step.safetensors").exists()
+    resumed = sc.prune(model, out=tmp_path / "run", **settings).model.state_dict()
+    assert all(torch.equal(value, resumed[name]) for name, value in expected.items())

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Literal
 
 from torch import Tensor, nn
 
 from secateur.budgets.amount import parse_budget
+from secateur.budgets.cost import Cost, cost_of
 from secateur.budgets.fit import Problem, fit
 from secateur.budgets.latency import Stopwatch, fit_latency
-from secateur.budgets.path import Step, by_key, counts, in_scope, shortest
+from secateur.budgets.path import Step, by_gain, by_key, counts, in_scope, shortest
 from secateur.data.batches import Batch
 from secateur.errors import RecipeError
 from secateur.graph import Graph, Group
@@ -26,7 +29,7 @@ def choose_counts(
     scores: Mapping[int, Tensor],
     *,
     target: float | str,
-    scope: Scope | Sequence[Sensitivity],
+    scope: Scope | Literal["gain"] | Sequence[Sensitivity],
     example: Batch,
     round_to: int = 1,
     min_width: int = 1,
@@ -34,12 +37,15 @@ def choose_counts(
     """Units that each group keeps, by id, and of a budget what it promises.
 
     `target` is a sparsity of the units or a budget as text. `scope` says in which order units go: ``local`` by one ratio,
-    ``isomorphic`` and ``global`` by a threshold among those that compete, and by sensitivity curves so that every group is
-    taken to the same damage. Widths are as for `secateur.graph.kept_counts`. Raises RecipeError for a budget that is not
-    understood or a group without a curve, BudgetError for a budget that cannot be met.
+    ``isomorphic`` and ``global`` by a threshold among those that compete, ``gain`` so that the least score is lost for what is
+    saved of a budget (see `path.by_gain`), and by sensitivity curves so that every group is taken to the same damage. Widths
+    are as for `secateur.graph.kept_counts`. Raises RecipeError for a budget that is not understood or a group without a
+    curve, BudgetError for a budget that cannot be met.
     """
     rivals = competitors(graph, groups, scores)
-    if isinstance(scope, str):
+    if scope == "gain":
+        steps: list[Step] = []  # they follow when the cost is known
+    elif isinstance(scope, str):
         steps = in_scope(rivals, scope, round_to, min_width)
     else:
         steps = by_damage(rivals, scope, round_to, min_width)
@@ -48,10 +54,22 @@ def choose_counts(
     chosen = {g.id for c in rivals for g in c.groups}
     left_out = frozenset(m.tensor for g in graph.units() if g.id not in chosen for m in g.members)
     problem = Problem(model, graph, rivals, scores, steps, left_out)
+
+    def order(cost: Cost) -> Sequence[Step]:
+        return by_gain(rivals, [_layers(graph, c) for c in rivals], cost, round_to, min_width) if scope == "gain" else steps
+
     amount = parse_budget(target)
-    if amount.unit != "ms":
-        return fit(problem, amount)
-    return fit_latency(problem, amount, Stopwatch(model, example), lambda table: problem.steps)
+    if amount.unit == "ms":
+        return fit_latency(problem, amount, Stopwatch(model, example), order)
+    if scope == "gain":
+        problem = replace(problem, steps=order(cost_of(model, graph, problem.widths(), amount.unit)))
+    return fit(problem, amount)
+
+
+def _layers(graph: Graph, competitor: Competitor) -> int:
+    """How many weights its units have slices in."""
+    tensors = {m.tensor for g in competitor.groups for m in g.members}
+    return sum(graph.recording.values[t].ndim >= 2 for t in tensors)
 
 
 def by_damage(rivals: Sequence[Competitor], curves: Sequence[Sensitivity], round_to: int, min_width: int) -> list[Step]:

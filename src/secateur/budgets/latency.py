@@ -142,7 +142,7 @@ def _what_holds(problem: Problem, search: _Search) -> list[str]:
     found = [f"with all groups at their least the operations that can shrink still take {line.slope * floor:.3g} ms"]
     if line.offset > 0:
         found.append(f"{line.offset:.3g} ms do not depend on widths")
-    least = counts(problem.competitors, problem.steps)
+    least = counts(problem.competitors, search.steps)
     if any(n > 1 for n in least.values()):
         found.append("widths stay at min_width and at multiples of round_to")
     return found

@@ -94,7 +94,10 @@ def shortest(steps: Sequence[Step], cost: Callable[[Mapping[int, int]], float], 
 
 
 def refill(taken: Sequence[Step], cost: Cost, kept: Mapping[int, int], limit: float) -> dict[int, int]:
-    """Take steps back, the last ones first, as far as the limit allows; afterwards not one more can be taken back."""
+    """Take steps back, the last ones first, as far as the limit allows; afterwards not one more can be taken back.
+
+    Units of score -inf were forced to go, and stay away.
+    """
     now, left = dict(kept), limit - cost(kept)
     stuck: set[int] = set()
     for step in reversed(taken):
@@ -102,7 +105,7 @@ def refill(taken: Sequence[Step], cost: Cost, kept: Mapping[int, int], limit: fl
             continue
         back = step.of.keeping(step.before)
         more = cost.change(now, back)
-        if more <= left:
+        if more <= left and step.score > -float("inf"):
             now.update(back)
             left -= more
         else:
@@ -111,15 +114,16 @@ def refill(taken: Sequence[Step], cost: Cost, kept: Mapping[int, int], limit: fl
 
 
 def by_gain(
-    all_of_them: Sequence[Competitor], cost: Cost, round_to: int = 1, min_width: int = 1, *, scale: str = "total"
+    all_of_them: Sequence[Competitor], layers: Sequence[int], cost: Cost, round_to: int = 1, min_width: int = 1
 ) -> list[Step]:
     """The order in which the score lost for each unit of cost saved is least, given what went before.
 
-    Scores are shares of their competitor's total, so that those of different layers compare. Where one step saves nothing, as
-    kernels that work on blocks of channels have it, longer strides of 2, 4 and 8 are weighed as well.
+    `layers` says for each competitor to how many layers its units belong. A unit's score counts as its share of its
+    competitor's total, once for each of those layers: what is lost of a residual stream is lost in every block. Where one step
+    saves nothing, as kernels that work on blocks of channels have it, strides of 2, 4 and 8 are weighed as well.
     """
     bundles = [_bundles(steps_of(c, round_to, min_width)) for c in all_of_them]
-    totals = [_scale(c, scale) for c in all_of_them]
+    worth = [n / max(float(c.ranked.clamp(min=0).sum()), 1e-30) for c, n in zip(all_of_them, layers, strict=True)]
     kept, position, order = counts(all_of_them), [0] * len(bundles), list[Step]()
 
     def best(i: int) -> tuple[float, int, int]:
@@ -128,7 +132,7 @@ def by_gain(
         for stride in _STRIDES:
             ahead = bundles[i][position[i] : position[i] + stride]
             if len(ahead) == stride:
-                lost = sum(s.score * s.units for bundle in ahead for s in bundle) / totals[i]
+                lost = sum(max(s.score, 0.0) * s.units for bundle in ahead for s in bundle) * worth[i]
                 saved = -cost.change(kept, all_of_them[i].keeping(ahead[-1][-1].after))
                 rates.append((lost / saved if saved > 0 else float("inf"), i, stride))
         return min(rates)
@@ -148,10 +152,6 @@ def by_gain(
         if position[i] < len(bundles[i]):
             heapq.heappush(queue, best(i))
     return order
-
-
-def _scale(c: Competitor, scale: str) -> float:
-    return {"total": float(c.ranked.sum()), "mean": float(c.ranked.mean()), "raw": 1.0}[scale]
 
 
 def _bundles(steps: Sequence[Step]) -> list[Sequence[Step]]:

@@ -118,7 +118,7 @@ Allocation = Annotated[
         "--allocation",
         "-a",
         help="How much each layer loses: global (default), uniform, erk, lamp. Of units cut out: uniform (default), isomorphic,"
-        " global.",
+        " global, sensitivity (by the curves of a scan), gain (of a budget; the default of ms).",
         show_default=False,
         rich_help_panel=METHOD,
     ),

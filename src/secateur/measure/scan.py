@@ -7,8 +7,8 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -19,7 +19,6 @@ from secateur.errors import DataError, RecipeError
 from secateur.layers import Layer
 from secateur.measure.cache import Cache, fingerprint
 from secateur.measure.quality import Evaluate, qualities
-from secateur.measure.scan_units import Subject, units_to_scan
 from secateur.patterns import Units, make_pattern
 from secateur.progress import advance
 from secateur.selection import Method, Named, choose, prunable, resolve, target_sparsity
@@ -81,6 +80,8 @@ def scan(
     batches = None if data is None else Batches(data)
     keys: dict[str, Any] = {"criterion": criterion, "reduction": reduction, "layers": layers, "ignore": ignore, "seed": seed}
     if isinstance(made, Units):
+        from secateur.measure.scan_units import units_to_scan  # which stands on budgets, and they on measures
+
         wanted = _sparsities(sparsities, None)
         subjects = units_to_scan(model, made, batches=batches, loss=loss, example=example, **keys)
         settings = {"criterion": criterion, "pattern": repr(made), "reduction": reduction, "seed": seed}
@@ -107,6 +108,14 @@ def _masked(model: nn.Module, layer: Layer, stats: LayerStats, method: Method) -
 
     values = [(f.name, getattr(stats, f.name)) for f in dataclasses.fields(stats)]
     return Subject(pruned, fingerprint(*(x for pair in values if pair[0] != "weight" for x in pair)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """What a scan prunes at a time: the model with it pruned to a sparsity, and a digest of what that depends on."""
+
+    pruned: Callable[[float], AbstractContextManager[nn.Module]]
+    depends: str
 
 
 @dataclasses.dataclass

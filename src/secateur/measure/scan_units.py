@@ -2,34 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
 from secateur.data.batches import Batch, Batches, Loss
+from secateur.errors import RecipeError
 from secateur.graph import cut, kept_counts, lowest, make_plan
 from secateur.graph.choose import Competitor, competitors, named
 from secateur.measure.cache import fingerprint
+from secateur.measure.scan import Subject
 from secateur.patterns import Units
 from secateur.recipe import Recipe
 from secateur.structured import Ranked, prepare_units, rank_units
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What a scan prunes at a time: the model with it pruned to a sparsity, and a digest of what that depends on."""
-
-    pruned: Callable[[float], AbstractContextManager[nn.Module]]
-    depends: str
 
 
 def units_to_scan(
     model: nn.Module, units: Units, *, batches: Batches | None, loss: Loss | None, example: Batch | None, **keys: Any
 ) -> dict[str, Subject]:
     """Every group of units that `sc.prune` would cut, by name; groups that are tied are one."""
+    if units.whole_blocks:
+        raise RecipeError(f"pattern {units.name!r} takes whole blocks out, of which there are no fractions to scan")
     keys = {**keys, "ignore": tuple(keys["ignore"]), "layers": None if keys["layers"] is None else tuple(keys["layers"])}
     recipe = Recipe.make({"sparsity": 0.5, **{k: v for k, v in keys.items() if v is not None}})
     job = prepare_units(model, recipe, units, data=batches, train=None, loss=loss, example=example)
