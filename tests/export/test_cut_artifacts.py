@@ -72,7 +72,8 @@ import torch
 import secateur as sc
 
 folder = sys.argv[1]
-for name in sys.argv[2:]:
+torch.set_num_threads(int(sys.argv[2]))
+for name in sys.argv[3:]:
     model = sc.load(f"{folder}/{name}").eval()
     given = torch.from_numpy(np.load(f"{folder}/{name}.npz")["given"])
     with torch.no_grad():
@@ -119,7 +120,7 @@ def test_a_fresh_process_gets_the_same_bits(tmp_path: Path):
             assert (tmp_path / name / "config.json").is_file()
     source_dir = Path(sc.__file__).parents[1]
     done = subprocess.run(
-        [sys.executable, "-c", LOADER, str(tmp_path), *INPUTS],
+        [sys.executable, "-c", LOADER, str(tmp_path), str(torch.get_num_threads()), *INPUTS],  # bits depend on the threads
         capture_output=True,
         text=True,
         timeout=300,

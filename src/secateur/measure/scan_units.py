@@ -24,7 +24,10 @@ def units_to_scan(
 ) -> dict[str, Subject]:
     """Every group of units that `sc.prune` would cut, by name; groups that are tied are one."""
     if units.whole_blocks:
-        raise RecipeError(f"pattern {units.name!r} takes whole blocks out, of which there are no fractions to scan")
+        raise RecipeError(
+            f"pattern {units.name!r} takes whole blocks out, of which there are no fractions to scan: criterion 'block_loss' "
+            "measures every block by itself"
+        )
     keys = {**keys, "ignore": tuple(keys["ignore"]), "layers": None if keys["layers"] is None else tuple(keys["layers"])}
     recipe = Recipe.make({"sparsity": 0.5, **{k: v for k, v in keys.items() if v is not None}})
     job = prepare_units(model, recipe, units, data=batches, train=None, loss=loss, example=example)
