@@ -19,7 +19,6 @@ import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import BinaryIO
 
 import torch
@@ -29,6 +28,7 @@ from secateur.coding import tensor as code
 from secateur.coding.bits import ByteReader, ByteWriter, DecodeError
 from secateur.coding.tensor import Bits, Coded, Options
 from secateur.errors import ArtifactError
+from secateur.opened import Opened
 
 MAGIC = b"SECPACK"
 VERSION = 1
@@ -86,7 +86,7 @@ def write(path: Path, tensors: Iterable[tuple[str, Tensor, Coded | None]], optio
     return found
 
 
-class PackedFile:
+class PackedFile(Opened):
     """A packed file opened for reading. `entries` says what is in it; `read` decodes one tensor.
 
     `name` is the file's name in error messages. Raises ArtifactError where the file is none, damaged or hostile: everything
@@ -94,30 +94,11 @@ class PackedFile:
     """
 
     def __init__(self, file: BinaryIO, name: str):
-        self.file, self.name = file, name
+        super().__init__(file, name)
         try:
             self.entries = _entries(file)
         except DecodeError as error:
             raise ArtifactError(f"{name}: {error}") from None
-
-    @classmethod
-    def open(cls, path: Path) -> PackedFile:
-        """The file at `path`. The caller closes it, or uses it as a context."""
-        try:
-            file = open(path, "rb")  # noqa: SIM115 - closed by the context
-        except OSError as error:
-            raise ArtifactError(f"{path} cannot be read: {error.strerror}") from error
-        try:
-            return cls(file, str(path))
-        except ArtifactError:
-            file.close()
-            raise
-
-    def __enter__(self) -> PackedFile:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.file.close()
 
     def read(self, key: str) -> Tensor:
         """The tensor `key`, after its checksum was checked."""

@@ -14,7 +14,6 @@ import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor
 
 from secateur.errors import ArtifactError
+from secateur.opened import Opened
 from secateur.progress import advance
 from secateur.runtime.formats.bitmask import words
 
@@ -120,35 +120,18 @@ def hash_file(file: BinaryIO) -> str:
     return digest.hexdigest()
 
 
-class Container:
+class Container(Opened):
     """A safetensors file opened for reading. `entries` says what is in it; `read` gets one tensor.
 
     `name` is the file's name in error messages. Raises ArtifactError where the header is not exactly what the format
     allows: too long, no JSON, unknown dtypes, offsets that overlap or leave holes, sizes that do not match.
     """
 
+    buffering = 0
+
     def __init__(self, file: BinaryIO, name: str):
-        self.file, self.name = file, name
+        super().__init__(file, name)
         self.entries = _entries(file, name)
-
-    @classmethod
-    def open(cls, path: Path) -> Container:
-        """The file at `path`. The caller closes it, or uses it as a context."""
-        try:
-            file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed by the context
-        except OSError as error:
-            raise ArtifactError(f"{path} cannot be read: {error.strerror}") from error
-        try:
-            return cls(file, str(path))  # type: ignore[arg-type]
-        except ArtifactError:
-            file.close()
-            raise
-
-    def __enter__(self) -> Container:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.file.close()
 
     def read(self, key: str) -> Tensor:
         """The tensor `key`, in memory of its own."""
