@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from secateur.data.batches import Batch, Loss, forward, loss_of, output_tensor, token_mask
 from secateur.errors import RecipeError, TrainingError
 from secateur.layers import find_layers
+from secateur.measure.modes import evaluating
 from secateur.stats.blocks import find_blocks
 
 #: A constant, or the values at the begin and at the end of the training, between which it moves in a straight line.
@@ -92,7 +93,7 @@ class Distillation:
         with _watched(model, list(blocks), self.weight("attention") > 0) as student:
             made = forward(model, batch)
         with (
-            _in_eval(self._teacher),
+            evaluating(self._teacher),
             torch.no_grad(),
             _watched(self._teacher, list(blocks.values()), self.weight("attention") > 0) as teacher,
         ):
@@ -189,17 +190,6 @@ def _watched(model: nn.Module, blocks: Sequence[str], attention: bool) -> Iterat
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def _in_eval(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _relative(what: str, made: Tensor, wanted: Tensor, mask: Tensor | None) -> Tensor:
