@@ -36,7 +36,7 @@ class Job:
     train: Batches | None
     loss: Loss | None
     example: Batch | None
-    train_loss: Loss | None = None  #: of the fine-tuning, where it is another than `loss`
+    train_loss: Loss | None = None  #: what fine-tuning minimises
 
     @property
     def pattern_name(self) -> str:

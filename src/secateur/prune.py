@@ -98,6 +98,7 @@ def prune(
         )
     else:
         job = prepare(model, wanted, data=data, train=train, loss=loss, example=example)
+    job = replace(job, train_loss=_train_loss(model, wanted, loss, inplace))
     if out is not None:
         check_target(out, overwrite=overwrite)
     if before is None:
@@ -107,7 +108,6 @@ def prune(
     budget = None
     if isinstance(job, Job):
         job, budget = within_budget(job, model)
-    job = replace(job, train_loss=_train_loss(model, wanted, loss, inplace))
     outcome = _carry_out(job, model, evaluate, before, progress, inplace)
     outcome, compressed = _compressed(outcome, wanted, job)
     after = measure(outcome.model, job.example, evaluate=evaluate, latency=inplace)
@@ -261,8 +261,9 @@ def _repair(job: Job | UnitJob, model: nn.Module, step: int, masks: MaskSet | No
     if job.recipe.finetune is not None and job.train is not None:
         settings = job.recipe.finetune.model_dump(exclude={"distill"})
         checkpoint = None if progress is None else progress.training(step)
-        loss = job.train_loss or job.loss
-        finetune(model, job.train, masks=masks, loss=loss, seed=job.recipe.seed + step, checkpoint=checkpoint, **settings)
+        finetune(
+            model, job.train, masks=masks, loss=job.train_loss, seed=job.recipe.seed + step, checkpoint=checkpoint, **settings
+        )
 
 
 def _compressed(outcome: _Outcome, recipe: Recipe, job: Job | UnitJob) -> tuple[_Outcome, Compressed | None]:

@@ -48,7 +48,7 @@ class UnitJob:
     loss: Loss | None
     example: Batch
     sensitivity: tuple[Sensitivity, ...] = ()  #: curves, for the allocation that goes by them
-    train_loss: Loss | None = None  #: of the fine-tuning, where it is another than `loss`
+    train_loss: Loss | None = None  #: what fine-tuning minimises
 
     @property
     def arguments(self) -> Any:

@@ -13,7 +13,7 @@ from torch import nn
 import secateur as sc
 from secateur.errors import RecipeError, TrainingError
 from secateur.integrations import lightning_callback, trainer_callback
-from secateur.integrations.steps import in_steps
+from secateur.integrations.steps import in_steps, pruning_steps
 
 
 def data(count=96):
@@ -171,6 +171,8 @@ def test_accelerate_wraps_model_and_optimizer():
 
 def test_when():
     assert [in_steps("end", w, 200) for w in (0, 7, 0.5, 1.0, 200)] == [0, 7, 100, 200, 200]
+    assert pruning_steps(0.1, 0.75, 50, 200) == {"begin": 20, "end": 150, "every": 50}
+    assert pruning_steps(5, 9, 100, 200) == {"begin": 5, "end": 9, "every": 4}
     for bad, words in ((201, "ends after 200"), (1.5, "share above 1"), (-1, "got -1"), (True, "got True"), ("5", "got '5'")):
         with pytest.raises(RecipeError, match=words):
             in_steps("end", bad, 200)

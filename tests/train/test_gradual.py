@@ -335,3 +335,26 @@ def test_the_example_runs_and_keeps_its_accuracy(capsys):
     assert state["pruner"].sparsity == pytest.approx(0.95, abs=1e-4)
     assert state["accuracy"] > 0.93
     assert "sparsity 0.950" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("steps", 3), ("solver", "obc"), ("finetune", {"epochs": 1}), ("reestimate_norms", True), ("budget", "50% params"),
+        ("repair", "bias"), ("slimming", {"epochs": 1}), ("compress", {"bits": 4}), ("force", ("0",)),
+    ],
+)  # fmt: skip
+def test_what_a_training_loop_of_the_users_own_does_not_do_is_refused(key, value):
+    model = network()
+    with pytest.raises(RecipeError, match=f"{key} belong to sc.prune"):
+        sc.gradual(model, adam(model), sparsity=None if key == "budget" else 0.5, end=5, **{key: value})
+
+
+def test_nothing_is_watched_where_nothing_is_asked_and_after_the_end():
+    for criterion, hooks in (("magnitude", 0), ("taylor", 1)):
+        model = network()
+        optimizer = adam(model)
+        with sc.gradual(model, optimizer, sparsity=0.5, criterion=criterion, begin=1, end=3) as pruner:
+            assert len(optimizer._optimizer_step_pre_hooks) == hooks
+            train(model, optimizer, pruner, 3)
+            assert not optimizer._optimizer_step_pre_hooks

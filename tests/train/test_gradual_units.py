@@ -184,6 +184,8 @@ def test_what_cannot_be():
     for changes, words in (
         ({"pattern": "channel", "example": None}, "pass example="),
         ({"pattern": "width"}, "would see the zeros"),
+        ({"pattern": "layer"}, "takes whole blocks out"),
+        ({"pattern": "channel", "force": ("stem.0[1]",)}, "force belong to sc.prune"),
         ({"pattern": "channel", "regrow": "rigl"}, "'rigl' is for single weights"),
         ({"pattern": "channel", "criterion": "bn_scale", "regrow": "frozen"}, "'frozen' under a criterion of weights"),
         ({"pattern": "channel", "criterion": "wanda"}, "input_norm, which a training step does not give"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from secateur.errors import MissingExtra
-from secateur.integrations.steps import When, in_steps
+from secateur.integrations.steps import When, pruning_steps
 from secateur.models.torchvision_shim import prepare_torchvision
 from secateur.train.gradual import gradual
 
@@ -48,10 +48,8 @@ def lightning_callback(*, begin: When = 0.1, end: When = 0.75, every: int = 100,
             return self.pruner.masks
 
         def on_train_start(self, trainer: Any, module: Any) -> None:
-            total = int(trainer.estimated_stepping_batches)
-            steps = {n: in_steps(n, when, total) for n, when in (("begin", begin), ("end", end))}
-            every_step = min(every, steps["end"] - steps["begin"])
-            self.pruner = gradual(module, trainer.optimizers[0], changes, every=every_step, **steps)
+            steps = pruning_steps(begin, end, every, int(trainer.estimated_stepping_batches))
+            self.pruner = gradual(module, trainer.optimizers[0], changes, **steps)
             if self._loaded is not None:
                 self.pruner.load_state_dict(self._loaded)
             self._seen = trainer.global_step

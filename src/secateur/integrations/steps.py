@@ -8,6 +8,16 @@ from secateur.errors import RecipeError
 When = int | float
 
 
+def pruning_steps(begin: When, end: When, every: int, total: int) -> dict[str, int]:
+    """The arguments ``begin``, ``end`` and ``every`` of `sc.gradual` in a training of `total` optimizer steps.
+
+    >>> pruning_steps(0.1, 0.75, 500, 200)
+    {'begin': 20, 'end': 150, 'every': 130}
+    """
+    first, last = in_steps("begin", begin, total), in_steps("end", end, total)
+    return {"begin": first, "end": last, "every": min(every, max(last - first, 1))}
+
+
 def in_steps(name: str, when: When, total: int) -> int:
     """`when` as a number of optimizer steps of a training of `total`.
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.errors import MissingExtra, TrainingError
-from secateur.integrations.steps import When, in_steps
+from secateur.integrations.steps import When, pruning_steps
 from secateur.models.torchvision_shim import prepare_torchvision
 from secateur.train.checkpoint import load_state, save_state
 from secateur.train.gradual import gradual
@@ -53,9 +53,8 @@ def trainer_callback(*, begin: When = 0.1, end: When = 0.75, every: int = 100, *
             return self.pruner.masks
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            steps = {n: in_steps(n, when, state.max_steps) for n, when in (("begin", begin), ("end", end))}
-            every_step = min(every, steps["end"] - steps["begin"])
-            self.pruner = gradual(kwargs["model"], kwargs["optimizer"], changes, every=every_step, **steps)
+            steps = pruning_steps(begin, end, every, state.max_steps)
+            self.pruner = gradual(kwargs["model"], kwargs["optimizer"], changes, **steps)
             if state.global_step:
                 self.pruner.load_state_dict(load_state(_saved(args, state)))
             self.pruner.__enter__()
@@ -64,8 +63,9 @@ def trainer_callback(*, begin: When = 0.1, end: When = 0.75, every: int = 100, *
             self.pruner.step()
 
         def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            pruning = self.pruner.state_dict()  # on every process: sharded weights are gathered by all of them
             if state.is_world_process_zero:
-                save_state(Path(args.output_dir) / f"checkpoint-{state.global_step}" / _FILE, self.pruner.state_dict())
+                save_state(Path(args.output_dir) / f"checkpoint-{state.global_step}" / _FILE, pruning)
 
         def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             self.pruner.__exit__(None)

@@ -25,6 +25,10 @@ from secateur.train.subjects import CutUnits, Subject, Weights
 from secateur.types import LayerStats, MaskSet, Plan, Schedule
 
 log = logging.getLogger("secateur")
+#: Keys of a recipe that mean something in a training loop of the user's own; all others are refused.
+_USED = frozenset({
+    "version", "sparsity", "criterion", "reduction", "pattern", "allocation", "schedule", "regrow", "layers", "ignore", "seed",
+})  # fmt: skip
 
 
 def gradual(
@@ -73,7 +77,7 @@ def gradual(
     """
     _check_steps(begin, end, every)
     wanted = Recipe.make(recipe, **changes)
-    if unused := sorted(wanted.model_fields_set & {"steps", "solver", "finetune", "reestimate_norms", "budget"}):
+    if unused := sorted(wanted.model_fields_set - _USED):
         raise RecipeError(
             f"gradual pruning happens in a training loop of yours: {', '.join(unused)} belong to sc.prune. Leave them out."
         )
@@ -154,9 +158,9 @@ class Gradual:
         changed = [f"{key} was {state.get(key)}, is {now}" for key, now in self._plan().items() if state.get(key) != now]
         if changed:
             raise TrainingError(f"this state is of another gradual pruning: {'; '.join(changed)}. Use its settings to go on.")
-        self._step = int(state["step"])
         if other := set(state["layers"]) ^ set(self._subject.names()):
             raise TrainingError(f"this state is of other layers: {', '.join(sorted(other))} are in one and not in the other")
+        self._step = int(state["step"])
         self._subject.restore(state["masks"], state)
         self._full = dict(state["full"])
         self._running.load_state_dict(state["running"])
@@ -171,14 +175,15 @@ class Gradual:
         else:
             trained = self._subject.removed == "trained"
             self._held = Shadow(self._optimizer, self.masks, self._model, trained=trained, full=self._full)
-        self._watching = self._running.watch(self._optimizer)
+        if self._step < self._end:
+            self._running.watch(self._optimizer)
         if self._step == 0 == self._begin and self._schedule(0.0, self._subject.target) > 0.0:
             self._choose()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._held is not None:
-            self._watching.remove()
+            self._running.ignore()
             self._full = self._held.full if isinstance(self._held, Shadow) else {}
             self._held.release()
             self._held = None
@@ -217,7 +222,13 @@ class Gradual:
         assert self._held is not None
         self._held.update(masks)
         self._running.clear()
-        if self._step == self._end and isinstance(self._held, Shadow):
+        if self._step == self._end:
+            self._finish(masks)
+
+    def _finish(self, masks: MaskSet) -> None:
+        """The masks are final: nothing is watched any more, and removed weights are let go."""
+        self._running.ignore()
+        if isinstance(self._held, Shadow):
             self._held.release()
             self._held = hold(self._optimizer, masks, self._model)
 

@@ -122,18 +122,28 @@ class Held:
         return type(self._optimizer) not in _ELEMENTWISE
 
     def _set(self, masks: Mapping[str, BoolTensor]) -> None:
-        self._entries = [self._entry(name, mask) for name, mask in masks.items()]
+        entries = [self._entry(name, mask) for name, mask in masks.items()]
+        self._refill({name: entry.parameter for name, entry in zip(masks, entries, strict=True)})
+        self._entries = entries
         self._masks = masks if isinstance(masks, MaskSet) else MaskSet(masks)
         self.apply()
         self._clear_state()
 
-    def _entry(self, name: str, mask: Tensor) -> _Entry:
+    def _parameter(self, name: str) -> Tensor:
+        """The optimizer's own parameter of that name, or a TrainingError."""
         parameter = self._parameters.get(name.replace(COMPILED, ""))
         if parameter is None:
             raise TrainingError(
                 f"the optimizer does not own the masked parameter {name!r}{did_you_mean(name, self._parameters)} "
                 "Give the optimizer that parameter, or leave its mask out."
             )
+        return parameter
+
+    def _refill(self, parameters: Mapping[str, Tensor]) -> None:
+        """Called before masks change, for what brings removed weights back."""
+
+    def _entry(self, name: str, mask: Tensor) -> _Entry:
+        parameter = self._parameter(name)
         if parameter.shape != mask.shape:
             raise LayerError(f"parameter {name!r} is {tuple(parameter.shape)}, its mask {tuple(mask.shape)}")
         bits = local(spread_like(mask, parameter)).to(parameter.device, INTEGERS[parameter.element_size()]).neg_()

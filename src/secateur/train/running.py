@@ -30,10 +30,18 @@ class Running:
         self.needs = frozenset(n for n in needs if n.training and n is not Need.WEIGHT)
         self._sums: dict[Need, dict[str, Tensor]] = {need: {} for need in self.needs}
         self._steps = 0
+        self._handle: Any = None
 
-    def watch(self, optimizer: Optimizer) -> Any:
-        """Begin; the handle that is returned ends it with ``remove()``."""
-        return optimizer.register_step_pre_hook(self._before_step)
+    def watch(self, optimizer: Optimizer) -> None:
+        """Begin, where there is anything to gather."""
+        if self.needs:
+            self._handle = optimizer.register_step_pre_hook(self._before_step)
+
+    def ignore(self) -> None:
+        """End; what was gathered stays."""
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
 
     def take(self, name: str, layer: Layer, needs: Collection[Need]) -> dict[str, Tensor]:
         """Those of `needs` that are watched, of one layer: float32 in canonical orientation.

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from secateur.errors import TrainingError
 from secateur.sharded import spread_like, whole
-from secateur.train.hold import COMPILED, Held
+from secateur.train.hold import Held
 
 
 class Shadow(Held):
@@ -44,7 +44,7 @@ class Shadow(Held):
 
     def value(self, name: str) -> Tensor:
         """Of one parameter what `full` says of all."""
-        return self._value(name, self._parameters[name.replace(COMPILED, "")])
+        return self._value(name, self._parameter(name))
 
     def restore(self, masks: Mapping[str, BoolTensor], full: Mapping[str, Tensor]) -> None:
         """Go on from the masks and values of another `Shadow`."""
@@ -68,13 +68,11 @@ class Shadow(Held):
         return torch.where(mask, parameter.detach(), self._full[name].to(parameter.device))
 
     @torch.no_grad()
-    def _set(self, masks: Mapping[str, BoolTensor]) -> None:
-        for name, mask in masks.items():
-            parameter = self._entry(name, mask).parameter
+    def _refill(self, parameters: Mapping[str, Tensor]) -> None:
+        for name, parameter in parameters.items():
             given = self._given.pop(name, None)
             self._full[name] = self._value(name, parameter) if given is None else _owned_copy(given, parameter)
             parameter.copy_(self._full[name])
-        super()._set(masks)
 
     def _acts_before_steps(self) -> bool:
         return self._trained or super()._acts_before_steps()

@@ -112,6 +112,11 @@ class CutUnits:
     def __init__(self, model: nn.Module, recipe: Recipe, units: Units, example: Batch | None):
         if example is None:
             raise RecipeError(f"pattern {units.name!r} follows a batch through the model: pass example=")
+        if units.whole_blocks:
+            raise RecipeError(
+                f"pattern {units.name!r} takes whole blocks out, which have no masks: use sc.prune, or "
+                "secateur.train.layerdrop in the training"
+            )
         if barred := sorted({"width", "head_dim"} & set(units.kinds)):
             raise RecipeError(
                 f"gradual pruning masks units until they are cut, and a normalisation or the scale of attention over "
