@@ -16,7 +16,7 @@ from secateur.errors import LayerError, ModelError, RecipeError
 from secateur.graph import Graph, Group, bypass_difference, choose_groups, cut, difference, lowest, make_plan, select, trace
 from secateur.graph.choose import Competitor, Scope, competitors
 from secateur.graph.config import describe_config
-from secateur.graph.prune import TOLERANCE
+from secateur.graph.verify import TOLERANCE
 from secateur.job import check_data
 from secateur.layer_dropping import plan_blocks
 from secateur.layers import check_finite, find_layers, matches
