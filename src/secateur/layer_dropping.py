@@ -23,7 +23,7 @@ from secateur.stats import collect
 from secateur.stats.gradients import scalar
 from secateur.stats.guard import ordinary, untouched
 from secateur.types import LayerPlan, Plan, UnitNeed, UnitStats
-from secateur.unit_scoring import criterion_entry
+from secateur.unit_scoring import criterion_entry, reduction_of
 
 
 def plan_blocks(
@@ -122,7 +122,7 @@ def _by_elements(
     found = collect(
         model, wanted, CRITERIA[name].facts["needs"], batches=batches, loss=loss, seed=recipe.seed, example=example
     )  # fmt: skip
-    how = recipe.reduction or ("abs_sum" if CRITERIA[name].facts["reduction"] == "abs_sum" else "mean")
+    how = reduction_of(recipe)
     saliency = {n: score(stats).flatten().double() for n, stats in found.layers.items()}
     scores = [reduce(torch.cat([saliency[n] for n in own[block]])[None, None], how)[0, 0] for block in names]
     return torch.stack(scores).cpu(), found.notes

@@ -40,6 +40,15 @@ class Layer:
         """Canonical shape."""
         return self.canonical(self.parameter).shape
 
+    @property
+    def reads_input(self) -> bool:
+        """Whether what the weight multiplies is what its module is given: in linear layers and convolutions."""
+        return isinstance(self.module, (nn.Linear, *CONVOLUTIONS)) or _is_conv1d(self.module)
+
+    def stored_dim(self, canonical: int) -> int:
+        """The stored dimension of the canonical dimension 0 or 1."""
+        return 1 - canonical if self.swap else canonical
+
     def canonical(self, tensor: Tensor) -> Tensor:
         """A tensor in the parameter's own layout, seen as ``[out, in, *kernel]``."""
         return tensor.transpose(0, 1) if self.swap else tensor
@@ -142,9 +151,14 @@ def _is_weight(module: nn.Module, local: str) -> tuple[bool, bool]:
         return local.startswith("weight_"), False
     if isinstance(module, nn.MultiheadAttention):
         return local in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"), False
-    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):  # GPT-2's linear layer, stored transposed
+    if _is_conv1d(module):
         return local == "weight", True
     return False, False
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    """Whether it is GPT-2's linear layer, whose weight is stored transposed."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
 def _unfit(layer: Layer) -> str | None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.data.batches import Batch, Batches, forward
-from secateur.layers import CONVOLUTIONS, Layer, find_layers
+from secateur.layers import Layer, find_layers
 from secateur.memory import total_memory
 from secateur.progress import track
 from secateur.stats import nonfinite
@@ -68,14 +68,14 @@ def refit(
     """
     lines = {(c.tensor, c.dim): torch.tensor(c.kept) for c in plan.cuts}
     layers, small = find_layers(model)[0], find_layers(smaller)[0]
-    lost = [n for n, layer in layers.items() if (n, _dim(layer, 1)) in lines and n in small]
+    lost = [n for n, layer in layers.items() if (n, layer.stored_dim(1)) in lines and n in small]
     tensors: dict[str, Tensor] = {}
     with ExitStack() as stack:
         stack.enter_context(untouched(model, [], seed))
         stack.enter_context(untouched(smaller, [], seed))
         stack.enter_context(torch.no_grad())
         kept = list(track(batches, "read the calibration data"))
-        steps = _order(smaller, {n: small[n] for n in lost if _readable(small[n])}, kept[0])
+        steps = _order(smaller, {n: small[n] for n in lost if small[n].reads_input}, kept[0])
         if bias_only:
             steps = [step for step in steps if step.shift is not None]
         for some in _portions(steps, kept):
@@ -180,8 +180,7 @@ class _Step:
             place = _tensors(smaller)[self.shift]
             last = found[:, :, -1].reshape(-1)
             new[self.shift] = (last if self.sign > 0 else place.double() - last).to(place.dtype)
-        for name, value in new.items():
-            _tensors(smaller)[name].copy_(value)
+        write(smaller, new)
         return new
 
 
@@ -212,7 +211,7 @@ def _wanted(
         calls: dict[str, list[_Wanted]] = {name: [] for name in layers}
         for sight in follow(model, layers, batch, lambda _: False):
             output = sight.output if sight.total is None else sight.total
-            rows = lines.get((sight.layer, _dim(layers[sight.layer], 0)))
+            rows = lines.get((sight.layer, layers[sight.layer].stored_dim(0)))
             if rows is not None:
                 output = output.index_select(sight.axis, rows.to(output.device))
             calls[sight.layer].append(_Wanted(output_rows(sight.call, output).contiguous(), sight.total is not None))
@@ -271,16 +270,6 @@ def _order(model: nn.Module, layers: Mapping[str, Layer], batch: Batch) -> list[
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
     return dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
-
-
-def _dim(layer: Layer, canonical: int) -> int:
-    """The stored dimension of a canonical one."""
-    return 1 - canonical if layer.swap else canonical
-
-
-def _readable(layer: Layer) -> bool:
-    linear = isinstance(layer.module, (nn.Linear, *CONVOLUTIONS)) or type(layer.module).__name__ == "Conv1D"
-    return linear and layer.name.endswith("weight")
 
 
 def write(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:

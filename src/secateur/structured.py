@@ -16,7 +16,7 @@ from secateur.errors import LayerError, ModelError, RecipeError
 from secateur.graph import Graph, Group, bypass_difference, choose_groups, cut, difference, lowest, make_plan, select, trace
 from secateur.graph.choose import Competitor, Scope, competitors
 from secateur.graph.config import describe_config
-from secateur.graph.prune import TOLERANCE
+from secateur.graph.verify import TOLERANCE
 from secateur.job import check_data
 from secateur.layer_dropping import plan_blocks
 from secateur.layers import check_finite, find_layers, matches
@@ -163,12 +163,8 @@ class Ranked:
 
 
 def rank_units(model: nn.Module, job: UnitJob) -> Ranked:
-    """Trace and score. Touches nothing."""
+    """Trace and score, for patterns of units: whole blocks have no groups. Touches nothing."""
     recipe, units = job.recipe, job.units
-    if units.whole_blocks:
-        raise RecipeError(
-            "pattern 'layer' has no groups of units to scan: criterion 'block_loss' measures every block by itself"
-        )
     graph = trace(model, job.arguments)
     groups = units_to_cut(graph, recipe, units)
     found = score_units(model, groups, recipe, units, batches=job.batches, loss=job.loss, example=job.example)

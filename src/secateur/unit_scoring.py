@@ -14,7 +14,7 @@ from secateur.criteria import CRITERIA, UNIT_CRITERIA
 from secateur.data.batches import Batch, Batches, Loss
 from secateur.errors import LayerError, NonFiniteError, RecipeError, UnknownName
 from secateur.graph import Graph, Group, Member, combined, normalized, unit_scores
-from secateur.layers import CONVOLUTIONS, Layer, find_layers, non_finite_message
+from secateur.layers import find_layers, non_finite_message
 from secateur.patterns import Units
 from secateur.recipe import Recipe
 from secateur.registry import Entry, bind, name_of
@@ -61,6 +61,12 @@ def criterion_entry(recipe: Recipe, *, blocks: bool = False) -> Entry[Any]:
     return entry
 
 
+def reduction_of(recipe: Recipe) -> str:
+    """How the saliencies of a unit's weights, or a block's, make its score: their mean, unless the recipe or criterion says."""
+    own = CRITERIA[name_of(recipe.criterion)].facts["reduction"]
+    return recipe.reduction or ("abs_sum" if own == "abs_sum" else "mean")
+
+
 def score_units(
     model: nn.Module,
     groups: Sequence[Group],
@@ -85,8 +91,7 @@ def score_units(
     else:
         scores, notes = _by_elements(model, groups, recipe, units, batches, loss, example, stats)
         missing = f"weights of linear, convolution or recurrent layers, which criterion {entry.name!r} looks at"
-    seen = [g for g in groups if g.id in scores]
-    seen = [g for g in seen if all(tie in scores for tie in g.ties)]
+    seen = [g for g in groups if scores.keys() >= {g.id, *g.ties}]
     left = [g.name for g in groups if g not in seen]
     if left:
         notes = (*notes, f"these are left alone, as their units have no {missing}: {listed(left)}")
@@ -108,7 +113,7 @@ def forced_units(model: nn.Module, groups: Iterable[Group], force: Sequence[str]
     """
     layers = find_layers(model)[0]
     makers = {
-        m.tensor: (g, m) for g in groups for m in g.members if m.tensor in layers and m.dim == _dim(layers[m.tensor], 0)
+        m.tensor: (g, m) for g in groups for m in g.members if m.tensor in layers and m.dim == layers[m.tensor].stored_dim(0)
     }  # fmt: skip
     named = {alias: found for name, found in makers.items() for alias in (name, name.rpartition(".")[0])}
     forced: dict[int, list[int]] = {}
@@ -134,7 +139,9 @@ def check_forced(graph: Graph, forced: Mapping[int, Sequence[int]], removed: Map
     for group, units in forced.items():
         if not set(units) <= set(removed.get(group, ())):
             name = graph.groups[group].name
-            raise RecipeError(f"force names {len(units)} units of {name!r}, of which fewer go. Raise the sparsity.")
+            raise RecipeError(
+                f"force names {len(units)} units of {name!r}, of which fewer go. Raise the sparsity, or lower the budget."
+            )
 
 
 def _by_elements(
@@ -157,7 +164,7 @@ def _by_elements(
         found = collect(model, layers, needs, batches=batches, loss=loss, seed=recipe.seed, example=example)
         stats, notes = found.layers, found.notes
     saliency = {n: score(stats[n]) for n in layers}
-    how = recipe.reduction or ("abs_sum" if CRITERIA[name].facts["reduction"] == "abs_sum" else "mean")
+    how = reduction_of(recipe)
     known = [g for g in groups if any(m.tensor in saliency for m in g.members)]
     return unit_scores(model, known, saliency, how, units.combine), notes  # type: ignore[arg-type]
 
@@ -223,8 +230,8 @@ def _views(model: nn.Module, groups: Iterable[Group], on: str) -> list[_View]:
     layers = find_layers(model)[0]
     tensors = dict(model.named_parameters(remove_duplicate=False))
     fits: Callable[[Member, nn.Module], bool] = {
-        "outputs": lambda m, _: m.tensor in layers and m.dim == _dim(layers[m.tensor], 0),
-        "inputs": lambda m, module: m.tensor in layers and m.dim == _dim(layers[m.tensor], 1) and _reads(module, m.tensor),
+        "outputs": lambda m, _: m.tensor in layers and m.dim == layers[m.tensor].stored_dim(0),
+        "inputs": lambda m, _: m.tensor in layers and m.dim == layers[m.tensor].stored_dim(1) and layers[m.tensor].reads_input,
         "norms": lambda m, module: _is_scale(module, m.tensor, tensors[m.tensor]),
     }[on]
     views = []
@@ -242,16 +249,6 @@ def _sites(views: Iterable[_View], on: str) -> list[Site]:
     for view in views:
         by_module.setdefault(id(view.module), []).append(view)
     return [Site(v[0].module, tuple(x.part() for x in v), output=on == "norms") for v in by_module.values()]
-
-
-def _dim(layer: Layer, canonical: int) -> int:
-    """The stored dimension of a canonical one."""
-    return 1 - canonical if layer.swap else canonical
-
-
-def _reads(module: nn.Module, name: str) -> bool:
-    """Whether the module is given what its weight `name` multiplies."""
-    return (isinstance(module, (nn.Linear, *CONVOLUTIONS)) or type(module).__name__ == "Conv1D") and name.endswith("weight")
 
 
 def _is_scale(module: nn.Module, name: str, tensor: Tensor) -> bool:

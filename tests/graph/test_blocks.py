@@ -9,7 +9,7 @@ from torch import nn
 
 from secateur.errors import LayerError, ModelError, UnknownName
 from secateur.graph import cut, drop_blocks, trace
-from secateur.graph.blocks import block_importance, bypassed_output, plan_without, removable_blocks
+from secateur.graph.blocks import block_importance, bypass_difference, bypassed_output, plan_without, removable_blocks
 from secateur.types import Plan
 
 
@@ -105,3 +105,11 @@ def test_of_a_stage_the_blocks_inside_count():
     assert names(Stage(), Stage()) == ["0.blocks.0", "0.blocks.1", "1.blocks.0", "1.blocks.1"]
     assert names(Parts(), Parts()) == ["0", "1"]
     assert names(Stage(), Block()) == ["0.blocks.0", "0.blocks.1", "1"]
+
+
+def test_a_model_that_gives_nan_without_its_blocks_is_not_taken_for_the_original():
+    model, x = nn.Sequential(nn.Linear(8, 8), Block(), Block()).eval(), torch.randn(2, 8)
+    smaller, plan = drop_blocks(model, x, ["2"])
+    with torch.no_grad():
+        smaller[0].bias[0] = torch.nan
+    assert bypass_difference(model, smaller, plan, x) == torch.inf

@@ -7,6 +7,8 @@ something was cut: by how much the named tensors shrank.
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -207,3 +209,16 @@ def test_a_changed_output_shape_is_refused():
     wrong = nn.Sequential(linear(6, 8), linear(8, 3)).eval()
     with pytest.raises(ModelError, match="changed the output's shape"):
         difference(model, wrong, graph, graph.flags({}), tokens())
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_outputs_that_are_not_finite_are_as_far_off_as_can_be_but_where_both_are(value):
+    model = Net(lambda m, x: (m.b(m.a(x)), x), a=linear(6, 8), b=linear(8, 4)).eval()
+    broken = copy.deepcopy(model)
+    with torch.no_grad():
+        broken.b.bias[1] = value
+    graph = trace(model, tokens())
+    assert difference(model, broken, graph, graph.flags({}), tokens()) == torch.inf
+    again = trace(broken, tokens())
+    assert difference(broken, copy.deepcopy(broken), again, again.flags({}), x := tokens()) < 1e-5
+    assert difference(broken, model, again, again.flags({}), x) == torch.inf

@@ -104,6 +104,30 @@ def test_positions_belong_to_their_sample_and_padding_to_none():
     torch.testing.assert_close(found[UnitNeed.GATE_ABS], torch.stack(gates).abs().mean(0))
 
 
+class Flattened(Tokens):
+    """The same with all tokens in one row, as some transformers have them."""
+
+    def forward(self, x, attention_mask=None):
+        rows = self.down(torch.relu(self.up(x.flatten(0, 1)))).unflatten(0, x.shape[:2])
+        return (rows * attention_mask[..., None]).sum(1)
+
+
+def test_padding_is_left_out_where_tokens_are_in_one_row():
+    torch.manual_seed(0)
+    model, flattened, x = Tokens(), Flattened(), torch.randn(3, 6, 4)
+    flattened.load_state_dict(model.state_dict())
+    mask = torch.ones(3, 6, dtype=torch.long)
+    mask[0, 4:] = 0
+    data = Batches([{"x": x, "attention_mask": mask}])
+
+    def loss(m, b):
+        return m(b["x"], b["attention_mask"]).square().mean()
+
+    wanted, found = (activity(m, [Site(m.down, (whole("d", 5),))], ALL, data, loss=loss)["d"] for m in (model, flattened))
+    for need in ALL:
+        torch.testing.assert_close(found[need], wanted[need])
+
+
 def test_infinite_activations_are_named(problem):
     model, x, y = problem
     with torch.no_grad():

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from secateur.errors import LayerError, ModelError, UnknownName
 from secateur.graph.graph import Graph, trace
 from secateur.graph.trace import ModuleCall, arguments, tensors_in, untouched
+from secateur.graph.verify import TOLERANCE, worst
 from secateur.types import Plan
 
 
@@ -127,7 +128,7 @@ def drop_blocks(model: nn.Module, example: Any, names: Iterable[str]) -> tuple[n
 
     plan = plan_without(trace(model, example), model, names)
     smaller = cut(model, plan)
-    if not bypass_difference(model, smaller, plan, example) <= 1e-4:
+    if not bypass_difference(model, smaller, plan, example) <= TOLERANCE:
         raise ModelError(f"without {', '.join(plan.dropped)} the model differs from the original that bypasses them")
     return smaller, plan
 
@@ -146,8 +147,7 @@ def bypass_difference(model: nn.Module, smaller: nn.Module, plan: Plan, example:
         raise ModelError(f"the model does not run without {', '.join(plan.dropped)}: {error}") from error
     if [t.shape for t in found] != [t.shape for t in wanted]:
         raise ModelError(f"without {', '.join(plan.dropped)} the output's shape is another")
-    pairs = [(a, b) for a, b in zip(found, wanted, strict=True) if a.numel() and a.is_floating_point()]
-    return max((float((a - b).abs().max()) / (float(b.abs().max()) or 1.0) for a, b in pairs), default=0.0)
+    return worst(found, wanted)
 
 
 def drop(model: nn.Module, names: Iterable[str]) -> None:

@@ -13,12 +13,9 @@ from secateur.graph.cut import cut
 from secateur.graph.graph import KINDS, Graph, Group, trace
 from secateur.graph.plan import make_plan
 from secateur.graph.scores import Reduction, Scores, unit_scores
-from secateur.graph.verify import difference
+from secateur.graph.verify import TOLERANCE, difference
 from secateur.layers import matches
 from secateur.types import Plan
-
-#: A cut model's output may differ from the masked original's by this much, relative to its largest value.
-TOLERANCE = 1e-4
 
 
 def prune_channels(
@@ -89,4 +86,4 @@ def choose_groups(graph: Graph, kinds: Sequence[str], ignore: Sequence[str] = ()
     return [g for g in wanted if g.id in ids and g.ties <= ids]
 
 
-__all__ = ["TOLERANCE", "choose_groups", "prune_channels"]
+__all__ = ["choose_groups", "prune_channels"]

@@ -7,6 +7,7 @@ it; statistics over a cut dimension are taken over what is kept. The result must
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,6 +20,9 @@ from torch.utils import _pytree as pytree
 from secateur.errors import ModelError
 from secateur.graph.graph import Graph
 from secateur.graph.trace import Node, Value, arguments, tensors_in, untouched
+
+#: A cut model's output may differ from the masked original's by this much, relative to its largest value.
+TOLERANCE = 1e-4
 
 _STATISTICS = frozenset({
     "native_batch_norm", "_native_batch_norm_legit", "native_layer_norm", "_fused_rms_norm", "native_group_norm", "mean", "var",
@@ -148,12 +152,12 @@ def difference(model: nn.Module, smaller: nn.Module, graph: Graph, removed: NDAr
         raise ModelError(
             f"the cut changed the output's shape from {[tuple(t.shape) for t in wanted]} to {[tuple(t.shape) for t in found]}"
         )
-    worst = _worst(found, wanted)
+    error = worst(found, wanted)
     if graph.recording.replaced:  # what was traced has to be what the model does
         with untouched(model), _same_draws(example):
             own = tensors_in(model(*args, **kwargs))
-        worst = max(worst, _worst(masked_output(model, graph, np.zeros_like(removed), example), own))
-    return worst
+        error = max(error, worst(masked_output(model, graph, np.zeros_like(removed), example), own))
+    return error
 
 
 @contextlib.contextmanager
@@ -165,10 +169,13 @@ def _same_draws(example: Any) -> Iterator[None]:
         yield
 
 
-def _worst(found: list[Tensor], wanted: list[Tensor]) -> float:
-    worst = 0.0
+def worst(found: list[Tensor], wanted: list[Tensor]) -> float:
+    """Largest difference of outputs, relative to the largest finite value of each; infinite where one is NaN or infinite alone."""
+    error = 0.0
     for a, b in zip(found, wanted, strict=True):
         if a.numel() and (a.is_floating_point() or a.is_complex()):
-            scale = float(b.abs().max())
-            worst = max(worst, float((a - b).abs().max()) / (scale or 1.0))
-    return worst
+            same = (a == b) | (a.isnan() & b.isnan())
+            gap = float((a - b).abs().masked_fill(same, 0).max())
+            scale = float(b.abs().masked_fill(~b.isfinite(), 0).max())
+            error = max(error, math.inf if math.isnan(gap) else gap / (scale or 1.0))
+    return error

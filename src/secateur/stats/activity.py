@@ -18,6 +18,7 @@ from secateur.progress import track
 from secateur.stats import nonfinite
 from secateur.stats.gradients import scalar
 from secateur.stats.guard import ordinary, untouched
+from secateur.stats.watch import Call
 from secateur.types import UnitNeed
 
 _GATES = frozenset({UnitNeed.GATE_ABS, UnitNeed.GATE_SQ})
@@ -148,10 +149,7 @@ class _Watch:
     def _look(self, site: Site, mask: Tensor | None, tensor: Tensor) -> Tensor:
         """Take in one call; what goes on is the tensor, through its gates where there are any."""
         dim = site.dim(tensor)
-        moved = tensor.detach().movedim(dim, -1)
-        if mask is not None and moved.dim() > 2 and moved.shape[:2] == mask.shape:
-            moved = moved[mask.to(moved.device)]
-        squares = torch.linalg.vector_norm(moved.reshape(-1, moved.shape[-1]), dim=0, dtype=torch.float64).square()
+        squares = Call(site.module, (), {}, mask).squares(tensor.movedim(dim, -1))
         for part in site.parts:
             self.sums[part.name].squares += part.fold(squares).cpu()
             self.sums[part.name].called = True

@@ -12,7 +12,7 @@ from secateur.criteria import UNIT_CRITERIA
 from secateur.data.batches import Batch, inputs_of
 from secateur.errors import ModelError, RecipeError
 from secateur.graph import cut, difference, make_plan, select, trace
-from secateur.graph.prune import TOLERANCE
+from secateur.graph.verify import TOLERANCE
 from secateur.layers import Layer, find_layers
 from secateur.patterns import Units
 from secateur.recipe import Recipe
