@@ -166,6 +166,11 @@ class UnitScores:
         """Units in all groups."""
         return self.groups * self.units
 
+    @property
+    def left(self) -> int:
+        """Units in all groups that were not removed before: more than these must not be kept. Computes the scores."""
+        return self.total - int(torch.isneginf(self.scores).sum())
+
 
 #: Lazy mapping of layer name to scores, and a sparsity in [0, 1) -> units kept in each group, ``[groups]`` for each layer.
 Allocation = Callable[[Mapping[str, UnitScores], float], Mapping[str, IntTensor]]

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from secateur.allocation import ALLOCATIONS
 from secateur.lamp import lamp_scores
-from secateur.select import removed_count
+from secateur.select import removed_count, top
 from secateur.types import UnitScores
 
 
@@ -62,6 +62,27 @@ def test_counts_are_possible_and_their_total_is_exact(name, layers, sparsity):
         assert kept == -(-missing // size)
     else:
         assert kept == total - removed_count(total, sparsity)
+
+
+@pytest.mark.parametrize("name", list(ALLOCATIONS))
+@given(networks(), st.floats(0, 0.999), st.floats(0, 1))
+def test_a_later_step_keeps_no_more_of_a_layer_than_is_left_of_it(name, layers, sparsity, first):
+    """Some of each layer is gone, as an earlier step with other scores may have left it; the total is kept to all the same."""
+    dense = ALLOCATIONS[name].make(layers, sparsity * first)
+    gone = {}
+    for i, (n, u) in enumerate(layers.items()):
+        scores = torch.rand(u.groups, u.units, generator=torch.Generator().manual_seed(i)) ** (1 + 3 * i)
+        gone[n] = layer(n, scores.masked_fill(~top(scores, dense[n]), -torch.inf), u.elements, power=1.0 + i)
+    counts = ALLOCATIONS[name].make(gone, sparsity)
+    for n, u in gone.items():
+        assert int(counts[n].sum()) <= u.left
+        kept = top(u.scores, counts[n])
+        assert not bool((kept & torch.isneginf(u.scores)).any()), f"a removed unit of {n!r} came back"
+    total = sum(u.total * u.elements for u in gone.values())
+    kept = sum(int(counts[n].sum()) * u.elements for n, u in gone.items())
+    size = next(iter(gone.values())).elements
+    if name in ("global", "lamp", "erk", "owl"):
+        assert abs(kept - (total - removed_count(total, sparsity))) <= size
 
 
 @given(networks(), st.floats(0, 0.999))

@@ -24,7 +24,7 @@ def dynamic(layers: Mapping[str, UnitScores], sparsity: float, *, bins: int = 10
     Exact over the choices that it is given: hundredths, or for groups of few units (pattern ``"n:4"``, where each layer takes
     4, 3, 2 or 1 of 4) whole units of each group; between the points of a curve the logarithm of the error is interpolated.
     No layer is emptied unless the budget forces it. Costs are counted in `bins` of the budget, rounded up; what is left then
-    goes to the layers evenly, and where groups are small it stays unused.
+    goes to the layers evenly, and where groups are small it stays unused. What was removed before stays removed.
 
     SPDY weighs the errors by coefficients that it searches for with a run of the model for each; here each counts once.
     """
@@ -37,7 +37,8 @@ def dynamic(layers: Mapping[str, UnitScores], sparsity: float, *, bins: int = 10
     for u in layers.values():
         few = u.units <= _FEW
         steps = u.units if few else _STEPS
-        kept = [k / steps for k in range(steps + 1)]
+        left = u.left
+        kept = [k / steps for k in range(steps + 1) if k * u.total <= left * steps]
         choices.append(kept)
         costs.append([math.ceil(d * u.total * u.elements / unit - 1e-9) for d in kept])
         errors.append(_interpolated(u, kept))

@@ -30,18 +30,20 @@ def owl(
     sizes = {n: u.total * u.elements for n, u in layers.items()}
     total = sum(sizes.values())
     budget = total - removed_count(total, sparsity)
+    most = {n: u.left / max(1, u.total) for n, u in layers.items()}
+
+    def shifted(by: float) -> dict[str, float]:
+        """The densities, held between nothing and all that is left of a layer."""
+        return {n: min(most[n], max(0.0, d + by)) for n, d in stretched.items()}
+
     below, above = -1.0 - 2 * spread, 1.0
-    for _ in range(60):  # the shift by bisection: densities are held within [0, 1]
+    for _ in range(60):  # the shift by bisection
         middle = (below + above) / 2
-        if sum(_held(d + middle) * sizes[n] for n, d in stretched.items()) > budget:
+        if sum(d * sizes[n] for n, d in shifted(middle).items()) > budget:
             above = middle
         else:
             below = middle
-    return exact_counts(layers, {n: _held(d + below) for n, d in stretched.items()}, sparsity)
-
-
-def _held(density: float) -> float:
-    return min(1.0, max(0.0, density))
+    return exact_counts(layers, shifted(below), sparsity)
 
 
 def _outliers(scores: torch.Tensor, outlier: float) -> float:
