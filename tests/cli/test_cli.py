@@ -177,3 +177,13 @@ def test_slimming_and_forced_units_are_options():
 
     recipe = recipe_of(None, sparsity=0.5, pattern="channel", slimming=3, slimming_strength=1e-3, force=["conv1[3,5]"])
     assert (recipe.slimming.epochs, recipe.slimming.strength, recipe.force) == (3, 1e-3, ("conv1[3,5]",))
+
+
+@pytest.mark.parametrize(
+    ("allocation", "expected"), [("sensitivity", True), ({"name": "sensitivity"}, True), ("uniform", False), (None, False)]
+)
+def test_a_recipe_that_goes_by_curves_is_scanned_first_however_it_names_them(allocation, expected):
+    from secateur.cli.prune import needs_scan
+    from secateur.recipe import Recipe
+
+    assert needs_scan(Recipe.make(allocation=allocation)) is expected

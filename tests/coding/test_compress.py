@@ -155,3 +155,21 @@ def test_nothing_is_compressed_for_a_target_that_cannot_be_written(model, tmp_pa
     (tmp_path / "mine" / "notes").write_text("mine")
     with pytest.raises(ArtifactError, match="will not be overwritten"):
         sc.compress(model, tmp_path / "mine", overwrite=True)
+
+
+def test_a_norm_that_serves_two_layers_is_not_folded():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.other, self.norm = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            return self.norm(self.one(x)) + self.norm(self.other(x))
+
+    torch.manual_seed(0)
+    model, x = Twice().eval(), torch.randn(2, 3, 8, 8)
+    model.norm.running_mean.normal_()
+    model.norm.running_var.uniform_(0.5, 2.0)
+    expected = model(x)
+    assert fold_norms(model, x) == []
+    assert torch.equal(model(x), expected)

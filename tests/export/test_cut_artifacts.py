@@ -155,3 +155,17 @@ def test_a_model_that_no_configuration_builds_says_so_and_loads_with_its_plan(tm
     assert isinstance(loaded, transformers.LlamaForCausalLM)
     with torch.no_grad():
         assert torch.equal(loaded(given).logits, result.model.eval()(given).logits)
+
+
+def test_a_class_that_asks_for_more_than_a_configuration_is_built_from_none():
+    transformers = pytest.importorskip("transformers")
+    from secateur.export.pretrained import config_of
+
+    class Own(transformers.PreTrainedModel):
+        config_class = transformers.BertConfig
+
+        def __init__(self, config, width):
+            super().__init__(config)
+            self.linear = torch.nn.Linear(width, width)
+
+    assert config_of(Own(transformers.BertConfig(), 4)) is None

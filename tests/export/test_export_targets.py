@@ -58,6 +58,19 @@ def test_onnx_has_dynamic_axes_one_file_and_folded_norms(onnx_file, model):
 
 
 @needs_onnx
+def test_weights_beyond_one_file_go_beside_it_by_its_name_and_away_with_it(model, x, tmp_path, monkeypatch):
+    monkeypatch.setattr(runners, "_SINGLE_FILE", 0)
+    sc.export(model, tmp_path / "one" / "model.onnx", example=x)
+    with pytest.raises(ExportError, match="computes something else"):
+        sc.export(model, tmp_path / "two" / "model.onnx", example=x, tolerance=-1.0)
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["model.onnx", "model.onnx.data", "one", "two"]
+    (tmp_path / "one" / "model.onnx").rename(tmp_path / "moved.onnx")
+    with pytest.raises(ArtifactError, match=r"model\.onnx\.data exists; pass overwrite=True"):
+        sc.export(model, tmp_path / "one" / "model.onnx", example=x)
+    assert [p.name for p in (tmp_path / "one").iterdir()] == ["model.onnx.data"]
+
+
+@needs_onnx
 def test_int8_keeps_zeros_and_weights_by_channel(model, x, tmp_path):
     import onnx
 
@@ -155,6 +168,14 @@ def test_compressed_tensors_both_ways(pattern, layout, tmp_path):
     assert all(torch.equal(back[name], tensor) for name, tensor in net.state_dict().items())
     assert inspect(tmp_path / "ct").kind == "compressed-tensors"
     assert inspect(tmp_path / "ct").zeros == sum(int((p == 0).sum()) for p in net.parameters())
+
+
+def test_compressed_tensors_hold_what_the_state_dict_holds(tmp_path):
+    model = nn.Sequential(nn.Linear(8, 8))
+    model[0].weight.data[:, ::2] = 0
+    model[0].register_buffer("scale", torch.ones(8), persistent=False)
+    sc.export(model, tmp_path / "ct", to="compressed-tensors")
+    assert dict(layouts.read_compressed_tensors(tmp_path / "ct")).keys() == model.state_dict().keys()
 
 
 def test_the_bitmask_layout_by_hand(tmp_path):

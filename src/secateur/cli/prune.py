@@ -110,18 +110,21 @@ def variants(common: Recipe, sparsities: list[float], criteria: list[Any], budge
 
 def needs_scan(recipe: Recipe) -> bool:
     """Whether the recipe goes by sensitivity curves."""
-    return recipe.allocation == "sensitivity"
+    from secateur.registry import name_of
+
+    return recipe.allocation is not None and name_of(recipe.allocation) == "sensitivity"
 
 
 def sensitivity(inputs: Inputs, recipe: Recipe) -> Any:
     """How much each layer bears of the recipe's criterion and pattern, for the report."""
     import secateur as sc
+    from secateur.registry import name_of
 
     if inputs.evaluate is None:
         raise DataError("--scan measures quality: give --test (batches with labels) or --evaluate (your own measure)")
     return sc.scan(
         inputs.loaded.model, evaluate=inputs.evaluate, data=inputs.data, criterion=recipe.criterion, pattern=recipe.pattern,
-        sparsities=SCANNED if ":" not in str(recipe.pattern) else None, reduction=recipe.reduction, layers=recipe.layers,
+        sparsities=SCANNED if ":" not in name_of(recipe.pattern) else None, reduction=recipe.reduction, layers=recipe.layers,
         ignore=recipe.ignore, example=inputs.example, seed=recipe.seed, cache=SCAN_CACHE,
     )  # fmt: skip
 

@@ -31,13 +31,18 @@ def recipe_of(
     if tuning:
         if finetune is None and base.finetune is None:
             raise RecipeError("--lr and --optimizer are for fine-tuning: give --finetune EPOCHS too")
-        given["finetune"] = {**(base.finetune.model_dump(exclude_unset=True) if base.finetune else {}), **tuning}
+        given["finetune"] = _over(base.finetune, tuning)
     if compress is not None:
-        given["compress"] = {**(base.compress.model_dump(exclude_unset=True) if base.compress else {}), "bits": compress}
+        given["compress"] = _over(base.compress, {"bits": compress})
     slim = {k: v for k, v in (("epochs", slimming), ("strength", slimming_strength)) if v is not None}
     if slim:
-        given["slimming"] = {**(base.slimming.model_dump(exclude_unset=True) if base.slimming else {}), **slim}
+        given["slimming"] = _over(base.slimming, slim)
     return Recipe.make(base, **given)
+
+
+def _over(section: Any, changes: dict[str, Any]) -> dict[str, Any]:
+    """What a section of a recipe says, if it is there, with `changes` laid over it."""
+    return {**(section.model_dump(exclude_unset=True) if section else {}), **changes}
 
 
 def piece(value: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +19,7 @@ from secateur.coding.integers import quantised
 from secateur.coding.kmeans import INITS, Init
 from secateur.coding.norms import fold_norm
 from secateur.coding.norms import fold_norms as fold
-from secateur.coding.share import rounded_vector, shared
+from secateur.coding.share import rounded_book, rounded_vector, shared
 from secateur.coding.tensor import Bits, Coded, encode
 from secateur.data.batches import Batch, Batches, Loss
 from secateur.errors import RecipeError, did_you_mean
@@ -121,7 +121,8 @@ def compress(
         data: calibration batches. Errors are then those of outputs.
         fold_norms: put BatchNorms that follow a layer into its weights, which leaves a shift for each channel to be stored.
             Needs `data`.
-        reestimate_norms: re-estimate BatchNorm statistics on `data` afterwards; folded ones are folded again.
+        reestimate_norms: re-estimate BatchNorm statistics on `data` afterwards; folded ones are folded again, but for
+            scheme "kmeans", whose codebooks have no scales to take them.
         train, finetune, loss: batches, settings and loss of `sc.finetune`, to train shared values by gradients summed over
             the weights that share them. For scheme "kmeans".
         seed: of random initialisation and of training.
@@ -193,10 +194,8 @@ class _Work:
 
     def run(self, bits: Mapping[str, float]) -> None:
         """Give every weight its bits: those whose inputs are known first, in the order of the model, then the others."""
-        for name, gram in self._grams():
+        for name, gram in self._in_turn("coding"):
             self._give(name, bits[name], gram)
-        for name in track([n for n in self.weights if n not in self.bits], "coding"):
-            self._give(name, bits[name], None)
 
     def fold_again(self, pairs: Sequence[tuple[nn.Module, nn.Module]]) -> None:
         """Statistics estimated anew go where the old ones went: into scales, which leaves the codes as they are."""
@@ -210,19 +209,22 @@ class _Work:
 
     def options(self, choices: Sequence[float]) -> dict[str, list[tuple[int, float]]]:
         """For each weight, bytes and loss under each number of bits, by itself."""
-        found: dict[str, list[tuple[int, float]]] = {}
-        known = dict(self._grams())
-        for name, weight in track(self.weights.items(), "trying bits", len(self.weights)):
-            found[name] = []
+        found: dict[str, list[tuple[int, float]]] = {name: [] for name in self.weights}
+        for name, gram in self._in_turn("trying bits"):
             for bits in choices:
                 values, coded = self._coded(name, bits, None)
-                found[name].append((len(encode(values, coded)[0]), self._error(name, weight, values, known.get(name))))
+                found[name].append((len(encode(values, coded)[0]), self._error(name, self.weights[name], values, gram)))
         return found
 
-    def _grams(self) -> Iterable[tuple[str, Tensor]]:
+    def _in_turn(self, doing: str) -> Iterator[tuple[str, Tensor | None]]:
+        """Every weight with the Gram matrix of its inputs, a few of them in memory at a time; then those without."""
+        done = set()
         if self.batches is not None:
             for part in grams_in_turn(self.model, self._layers, self.batches, seed=self._seed):
                 yield from part.items()
+                done.update(part)
+        for name in track([n for n in self.weights if n not in done], doing):
+            yield name, None
 
     def _give(self, name: str, bits: float, gram: Tensor | None) -> None:
         weight = self.weights[name]
@@ -288,12 +290,11 @@ def _round_vectors(model: nn.Module, work: _Work, vector_bits: float | None, ini
 
 
 def _round_books(model: nn.Module, names: Iterable[str]) -> None:
-    """Trained centroids to bfloat16, as `shared` made them. One that would round to 0 is kept."""
+    """Trained centroids to bfloat16, as `shared` made them."""
     parameters = dict(model.named_parameters())
     for name in names:
         values = parameters[name].data
-        short = values.bfloat16().to(values.dtype)
-        values.copy_(torch.where((short == 0) & (values != 0), values, short))
+        values.copy_(rounded_book(values))
 
 
 def _measured(model: nn.Module, work: _Work) -> tuple[tuple[LayerBits, ...], int]:

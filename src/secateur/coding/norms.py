@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import torch
@@ -18,14 +19,18 @@ def fold_norms(model: nn.Module, example: Batch) -> list[tuple[nn.Module, nn.Mod
 
     The network computes the same function and its state dict has the same names and shapes; constants take no bytes when
     packed, and weights lie in the units of what follows, which is where rounding errors count. Only norms that alone read
-    what a linear or convolution layer puts out. Returns those layers with their norms.
+    what one linear or convolution layer puts out. Returns those layers with their norms.
     """
     args, kwargs = inputs_of(to_device(example, device_of(model)))
     with evaluating(model):
         pairs = find_pairs(model, args, kwargs, is_foldable)
-    for pair in pairs:
-        fold_norm(pair.layer, pair.follower)
-    return [(pair.layer, pair.follower) for pair in pairs]
+    served = Counter(
+        pair.follower for pair in pairs
+    )  # the shift stays in the norm, where two layers could not both have theirs
+    alone = [(pair.layer, pair.follower) for pair in pairs if served[pair.follower] == 1]
+    for layer, norm in alone:
+        fold_norm(layer, norm)
+    return alone
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ def shared(weight: Tensor, bits: float, init: Init = "linear", seed: int = 0) ->
     if not len(kept):
         return weight.detach().clone()
     centroids = kmeans(kept, max(1, whole), init, seed)
-    book = _rounded(torch.from_numpy(centroids).float())
+    book = rounded_book(torch.from_numpy(centroids).float())
     result = torch.zeros_like(flat)
     result[flat != 0] = book[torch.from_numpy(nearest(kept, centroids).astype(np.int64))]
     return result.reshape(weight.shape).to(weight.dtype).to(weight.device)
@@ -39,6 +39,7 @@ def rounded_vector(vector: Tensor) -> Tensor:
     return half if bool((near & half.isfinite()).all()) else vector.detach().clone()
 
 
-def _rounded(book: Tensor) -> Tensor:
-    short = book.bfloat16().float()
+def rounded_book(book: Tensor) -> Tensor:
+    """`book` rounded to bfloat16, in its own dtype; a value that would round to 0 is kept."""
+    short = book.bfloat16().to(book.dtype)
     return torch.where((short == 0) & (book != 0), book, short)

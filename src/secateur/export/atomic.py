@@ -63,22 +63,29 @@ def replacing(
 def replacing_file(path: str | os.PathLike[str], *, overwrite: bool) -> Iterator[Path]:
     """Yield the path of a new file to write; on leaving the block without an error it is synced and becomes `path`.
 
-    Raises ArtifactError where `path` exists and may not be overwritten, and where writing fails; what was there stays.
+    The new file has the name of `path` in an empty directory of its own. What else is written there (weights beside a file
+    that names them) takes its place beside `path` first. Raises ArtifactError where `path` or one of these exists and may not
+    be overwritten, and where writing fails; what was there stays.
     """
     target = Path(os.path.realpath(path))
-    if target.is_dir() or (target.exists() and not overwrite):
-        raise ArtifactError(f"{target} exists" + ("; give another name" if target.is_dir() else "; pass overwrite=True"))
-    fresh = _sibling(target, f"{os.getpid()}{target.suffix}")
+    _check_file(target, overwrite)
+    fresh = _sibling(target, str(os.getpid()))
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        yield fresh
-        _sync(fresh, os.O_RDONLY)
-        os.replace(fresh, target)
+        shutil.rmtree(fresh, ignore_errors=True)  # of a writer that was killed
+        fresh.mkdir()
+        yield fresh / target.name
+        parts = sorted(fresh.iterdir(), key=lambda part: part.name == target.name)
+        for part in parts:
+            _check_file(target.with_name(part.name), overwrite)
+            _sync(part, os.O_RDONLY)
+        for part in parts:
+            os.replace(part, target.with_name(part.name))
         _sync(target.parent)
     except OSError as error:
         raise _explained(error, target, 0) from error
     finally:
-        fresh.unlink(missing_ok=True)
+        shutil.rmtree(fresh, ignore_errors=True)
 
 
 def check_replaceable(directory: str | os.PathLike[str], *, overwrite: bool, foreign: Callable[[Path], str | None]) -> None:
@@ -158,6 +165,11 @@ def _clean(target: Path) -> None:
         if left.is_dir():
             log.info("removing %s, left by an interrupted save", left)
             shutil.rmtree(left)
+
+
+def _check_file(target: Path, overwrite: bool) -> None:
+    if target.is_dir() or (target.exists() and not overwrite):
+        raise ArtifactError(f"{target} exists" + ("; give another name" if target.is_dir() else "; pass overwrite=True"))
 
 
 def _check_target(target: Path, overwrite: bool, foreign: Callable[[Path], str | None]) -> None:

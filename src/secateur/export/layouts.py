@@ -35,7 +35,7 @@ def write_compressed_tensors(model: nn.Module, folder: Path) -> str:
     ``.bitmask`` and ``.row_offsets``. Raises ExportError where no linear weight has zeros.
     """
     linear = [n for n, la in find_layers(model)[0].items() if isinstance(la.module, nn.Linear) and la.parameter.dim() == 2]
-    tensors = {name: tensor.detach() for name, (_, tensor) in state_of(model).tensors.items()}
+    tensors = {name: tensor.detach() for name, (kind, tensor) in state_of(model).tensors.items() if kind != "transient"}
     sparse = [n for n in linear if n in tensors and n.endswith(".weight") and bool((tensors[n] == 0).any())]
     if not sparse:
         raise ExportError("no linear weight has a zero: there is nothing for compressed-tensors to leave out")

@@ -46,7 +46,7 @@ class Example:
     @property
     def tensors(self) -> list[Tensor]:
         """The tensors among the arguments."""
-        return [leaf for leaf in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Tensor)]
+        return tensors_in((self.args, self.kwargs))
 
     def resized(self, batch: int) -> Example:
         """The same samples over and over, so that there are `batch`; no two floating-point ones are equal."""
@@ -66,8 +66,12 @@ class Example:
 def run_model(model: nn.Module, example: Example) -> list[Tensor]:
     """The tensors that `model` puts out, in evaluation mode."""
     with evaluating(model):
-        output = model(*example.args, **example.kwargs)
-    return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+        return tensors_in(model(*example.args, **example.kwargs))
+
+
+def tensors_in(tree: Any) -> list[Tensor]:
+    """The tensors among the leaves of nested containers, in their order."""
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def compare(model: nn.Module, runner: Runner, example: Example, *, tolerance: float, what: str) -> tuple[Check, ...]:

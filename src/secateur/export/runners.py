@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from secateur.data.batches import Batch
 from secateur.errors import ExportError, MissingExtra
-from secateur.export.parity import Example, Runner
+from secateur.export.parity import Example, Runner, tensors_in
 from secateur.export.program import quiet, traced
 
 PLANNED = 8  #: samples in a batch of ExecuTorch, whose memory is planned for the largest
@@ -39,11 +39,11 @@ def to_torch(model: nn.Module, example: Example, path: Path) -> None:
 def run_torch(path: Path) -> Runner:
     """The program on the disk."""
     module = torch.export.load(path).module()
-    return lambda args, kwargs: _tensors(module(*args, **kwargs))
+    return lambda args, kwargs: tensors_in(module(*args, **kwargs))
 
 
 def to_onnx(model: nn.Module, example: Example, path: Path, *, opset: int = OPSET) -> None:
-    """``.onnx``: one file under 2 GB, dynamic axes, BatchNorms folded, checked by ONNX."""
+    """``.onnx``: one file under 2 GB, else with ``.onnx.data`` beside it; dynamic axes, BatchNorms folded, checked by ONNX."""
     for package in ("onnx", "onnxscript"):
         need(package, "onnx", "export to ONNX")
     program = traced(model, example)
@@ -159,7 +159,7 @@ def run_executorch(path: Path) -> Runner:
     def run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         assert program is not None  # the method reads its memory
         assert method is not None
-        return [t.clone() for t in method.execute([t.contiguous() for t in _tensors((args, kwargs))])]
+        return [t.clone() for t in method.execute([t.contiguous() for t in tensors_in((args, kwargs))])]
 
     return run
 
@@ -168,16 +168,10 @@ def _inputs(names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     """The tensors in the order of the file's inputs: by name where all have theirs, else as they are given."""
     if kwargs and set(names) <= set(kwargs):
         return [kwargs[name] for name in names]
-    tensors = _tensors((args, kwargs))
+    tensors = tensors_in((args, kwargs))
     if len(tensors) != len(names):
         raise ExportError(f"the file has the inputs {', '.join(names)}; the model was given {len(tensors)} tensors")
     return tensors
-
-
-def _tensors(tree: Any) -> list[Tensor]:
-    from torch.utils import _pytree as pytree
-
-    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def _operator(where: str, error: BaseException) -> str:

@@ -175,9 +175,11 @@ def trtexec(file: Path, *, sparse: bool) -> str:
     """The exact line for TensorRT 10 and 11, with the dynamic axes of the file."""
     import onnx
 
+    inputs = onnx.load(str(file), load_external_data=False).graph.input
+
     def shapes(batch: int, length: int) -> str:
         made = []
-        for given in onnx.load(str(file), load_external_data=False).graph.input:
+        for given in inputs:
             dims = given.type.tensor_type.shape.dim
             sizes = [str(d.dim_value or (batch if i == 0 else length)) for i, d in enumerate(dims)]
             made.append(f"{given.name}:{'x'.join(sizes)}")

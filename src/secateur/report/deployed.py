@@ -80,8 +80,6 @@ def _timings(layers: tuple[LayerTime, ...], timed: list[LayerTime]) -> dict[str,
     few = len(timed) <= charts.MOST_BARS
     draw = charts.time_bars if few else charts.time_skyline
     label = f"Milliseconds of each of {fmt.plural(len(timed), 'layer')}, dense and sparse. The table below has the figures."
-    drawn = {} if timed else {"wide": "", "narrow": ""}
-    for key, width in (("wide", WIDE), ("narrow", NARROW)):
-        if timed:
-            drawn[key] = inline_svg(draw(timed, width), f"timings-{key}", label)
+    widths = {"wide": WIDE, "narrow": NARROW}
+    drawn = {key: inline_svg(draw(timed, width), f"timings-{key}", label) if timed else "" for key, width in widths.items()}
     return {**drawn, "table": layers, "open": len(layers) <= charts.MOST_BARS}
