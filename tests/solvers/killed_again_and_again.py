@@ -3,7 +3,7 @@
     python killed_again_and_again.py FOLDER KILLS SEED [stream]
 
 A fork starts in milliseconds where a fresh interpreter takes seconds, so many moments can be tried. Prints as JSON how many
-children were killed, how many of them left state to resume, and the digests of what the finished runs wrote.
+children were killed, how many runs found state to go on from, and the digests of what the finished runs wrote.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib
+import itertools
 import json
 import os
 import random
@@ -20,6 +21,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from test_solve_resume import network
@@ -55,12 +57,14 @@ def small_llama(folder: Path) -> Path:
     return folder / "checkpoint"
 
 
-def forked(work: Callable[[], None], seconds: float | None) -> bool:
-    """Whether `work` was killed, `seconds` after it began in a child of its own."""
+def forked(work: Callable[[], None], *, seconds: float | None = None, files: int | None = None) -> bool:
+    """Whether `work` was killed in a child of its own: `seconds` after it began, or as it put `files` files in their places."""
     child = os.fork()
     if child == 0:
         status = 1
         try:
+            if files is not None:
+                dies_after(files)
             work()
             status = 0
         except BaseException:
@@ -76,6 +80,18 @@ def forked(work: Callable[[], None], seconds: float | None) -> bool:
     return os.WIFSIGNALED(status)
 
 
+def dies_after(files: int) -> None:
+    """This process is killed at the end of its `files`-th os.replace, by which every file of state comes to its place."""
+    replace, left = os.replace, itertools.count(files - 1, -1)
+
+    def last(*args: Any, **kwargs: Any) -> None:
+        replace(*args, **kwargs)
+        if next(left) == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    os.replace = last
+
+
 def digest(out: Path) -> str:
     """Of everything that the run wrote but the report, which holds times."""
     files = [p for p in sorted(out.rglob("*.safetensors")) if p.is_file()]
@@ -84,11 +100,15 @@ def digest(out: Path) -> str:
 
 
 def repeat(folder: Path, kills: int, seed: int, work: Callable[[Path], None]) -> dict[str, object]:
-    """Kill and resume until `kills` children died, each finished run in a place of its own."""
+    """Kill and resume until `kills` children died, each finished run in a place of its own.
+
+    Every other child is killed at a moment drawn from the time of a whole run, the others by the count of their files: on a
+    busy machine, where times say little, there is state to go on from all the same.
+    """
     rng = random.Random(seed)
     work(folder / "warm")  # here, so that no child has to import anything
     started = time.monotonic()
-    forked(lambda: work(folder / "whole"), None)
+    forked(lambda: work(folder / "whole"))
     whole = time.monotonic() - started
     killed = resumed = 0
     digests = [digest(folder / "whole")]
@@ -96,10 +116,11 @@ def repeat(folder: Path, kills: int, seed: int, work: Callable[[Path], None]) ->
         out = folder / f"run{len(digests)}"
         while True:
             state = list(folder.glob(f".{out.name}.*/**/*.safetensors"))
-            if not forked(lambda out=out: work(out), rng.uniform(0, 1.1 * whole) if killed < kills else None):
+            resumed += bool(state)
+            end = {"files": rng.randint(1, 3)} if killed % 2 else {"seconds": rng.uniform(0, 1.1 * whole)}
+            if not forked(lambda out=out: work(out), **(end if killed < kills else {})):
                 break
             killed += 1
-            resumed += bool(state)
         digests.append(digest(out))
     left = sorted(p.name for p in folder.iterdir() if p.name.startswith("."))
     return {"killed": killed, "resumed": resumed, "digests": digests, "left": left}

@@ -218,7 +218,7 @@ class _Work:
 
     def _in_turn(self, doing: str) -> Iterator[tuple[str, Tensor | None]]:
         """Every weight with the Gram matrix of its inputs, a few of them in memory at a time; then those without."""
-        done = set()
+        done: set[str] = set()
         if self.batches is not None:
             for part in grams_in_turn(self.model, self._layers, self.batches, seed=self._seed):
                 yield from part.items()

@@ -24,9 +24,8 @@ def fold_norms(model: nn.Module, example: Batch) -> list[tuple[nn.Module, nn.Mod
     args, kwargs = inputs_of(to_device(example, device_of(model)))
     with evaluating(model):
         pairs = find_pairs(model, args, kwargs, is_foldable)
-    served = Counter(
-        pair.follower for pair in pairs
-    )  # the shift stays in the norm, where two layers could not both have theirs
+    # a norm keeps its shift, and could not keep those of two layers
+    served = Counter(pair.follower for pair in pairs)
     alone = [(pair.layer, pair.follower) for pair in pairs if served[pair.follower] == 1]
     for layer, norm in alone:
         fold_norm(layer, norm)

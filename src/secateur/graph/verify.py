@@ -152,12 +152,12 @@ def difference(model: nn.Module, smaller: nn.Module, graph: Graph, removed: NDAr
         raise ModelError(
             f"the cut changed the output's shape from {[tuple(t.shape) for t in wanted]} to {[tuple(t.shape) for t in found]}"
         )
-    error = worst(found, wanted)
+    difference = worst(found, wanted)
     if graph.recording.replaced:  # what was traced has to be what the model does
         with untouched(model), _same_draws(example):
             own = tensors_in(model(*args, **kwargs))
-        error = max(error, worst(masked_output(model, graph, np.zeros_like(removed), example), own))
-    return error
+        difference = max(difference, worst(masked_output(model, graph, np.zeros_like(removed), example), own))
+    return difference
 
 
 @contextlib.contextmanager
@@ -170,7 +170,7 @@ def _same_draws(example: Any) -> Iterator[None]:
 
 
 def worst(found: list[Tensor], wanted: list[Tensor]) -> float:
-    """Largest difference of outputs, relative to the largest finite value of each; infinite where one is NaN or infinite alone."""
+    """Largest difference of outputs, by the largest finite value of each; infinite where one alone is NaN or infinite."""
     error = 0.0
     for a, b in zip(found, wanted, strict=True):
         if a.numel() and (a.is_floating_point() or a.is_complex()):
