@@ -66,6 +66,7 @@ class LayerStats:
     output: Tensor | None = None
     movement: Tensor | None = None
     curve: Mapping[float, float] | None = None  #: relative output error by sparsity, for allocations that ask for it
+    groups: int = 1  #: into how many equal shares the outputs fall that have inputs of their own (grouped convolutions)
     samples: int = 0  #: how many samples the statistics saw
     seed: int = 0  #: seed of criteria that draw numbers; already mixed with the layer's position
 
@@ -155,6 +156,13 @@ class UnitScores:
     elements: int  #: weights that one unit stands for
     compute: Callable[[], Tensor]
     curve: Mapping[float, float] | None = None  #: relative output error by sparsity, where the allocation asked for it
+    weigh: Callable[[], Tensor] | None = None
+
+    def magnitudes(self) -> Tensor:
+        """As `scores`, by the sum of the magnitudes of a unit's weights, whatever the criterion."""
+        if self.weigh is None:
+            raise LookupError(f"layer {self.name!r} was made without its weights")
+        return self.weigh()
 
     @property
     def scores(self) -> Tensor:
