@@ -19,7 +19,7 @@ def multiflow(layer: LayerStats) -> Tensor:
     """
     magnitude = layer.weight.abs()
     outputs = magnitude.shape[0]
-    flow = (magnitude * layer.need(Need.INPUT_NORM)).reshape(layer.groups, outputs // layer.groups, -1)
+    flow = (magnitude * layer.need(Need.INPUT_NORM)).reshape(layer.groups, outputs // layer.groups, -1).contiguous()
     received, emitted = flow.mean(2, keepdim=True), flow.mean(1, keepdim=True)
     return magnitude * (_unit(received) * _unit(emitted)).reshape(magnitude.shape)
 
