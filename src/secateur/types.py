@@ -84,6 +84,7 @@ class UnitNeed(enum.Enum):
     ACTIVATION_NORM = "activation_norm"  #: l2 norm of the unit's activations over all samples and positions
     GATE_ABS = "gate_abs"  #: mean over samples of |derivative of the loss by a factor on the whole unit|
     GATE_SQ = "gate_sq"  #: mean over samples of its square
+    VISUAL_RATIO = "visual_ratio"  #: of heads, for each sample: attention of text to visual positions, over that to all others
     BLOCK_CHANGE = "block_change"  #: 1 - cosine of a block's input and output, mean over positions
     BLOCK_LOSS = "block_loss"  #: how much the loss rises when the block is bypassed
 
@@ -97,7 +98,7 @@ class UnitNeed(enum.Enum):
 class UnitStats:
     """What is known of the units of a group in one of the tensors that they have slices in. Float32, units first.
 
-    `weight` is ``[units, elements]``, all else ``[units]``. Of whole blocks there is no weight: its `elements` are 0.
+    `weight` is ``[units, elements]``, `visual_ratio` ``[units, samples]``, all else ``[units]``. Of whole blocks there is no weight: its `elements` are 0.
     """
 
     name: str
@@ -105,6 +106,7 @@ class UnitStats:
     activation_norm: Tensor | None = None
     gate_abs: Tensor | None = None
     gate_sq: Tensor | None = None
+    visual_ratio: Tensor | None = None
     block_change: Tensor | None = None
     block_loss: Tensor | None = None
 

@@ -25,15 +25,23 @@ _SHAPE_ONLY = ("zeros_like", "ones_like", "empty_like", "full_like", "rand_like"
 
 
 @dataclass(frozen=True)
+class Row:
+    """How tokens stand in one row with other positions: how many come before them, and where images begin and end."""
+
+    before: int
+    images: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
 class Reads:
     """The modalities that reach each weight, and how tokens stand among other positions.
 
     `modalities` is by the parameter's name; a parameter that no operation used is not in it. `joined` tells, of inputs that
-    have so many positions beside the tokens, how many of those come before the tokens.
+    have so many positions beside the tokens, how these stand.
     """
 
     modalities: Mapping[str, frozenset[str]]
-    joined: Mapping[int, int]
+    joined: Mapping[int, Row]
 
     def positions(self, names: Collection[str], seen: tuple[int, ...], mask: Tensor) -> Tensor | None:
         """Of the token mask ``[batch, tokens]`` the one for an input of the parameters `names`; None = nothing is padding.
@@ -47,7 +55,7 @@ class Reads:
         extra = seen[1] - mask.shape[1] if len(seen) >= 3 else 0
         if extra <= 0 or extra not in self.joined:
             return mask
-        before = self.joined[extra]
+        before = self.joined[extra].before
         return torch.nn.functional.pad(mask, (before, extra - before), value=True)
 
 
@@ -139,7 +147,7 @@ class _Tracer(TorchDispatchMode):
     def __init__(self, model: nn.Module, batch: Batch, tokens: int):
         super().__init__()
         self.reads: dict[str, set[str]] = {}
-        self.joined: dict[int, int] = {}
+        self.joined: dict[int, Row] = {}
         self._tokens = tokens
         # A weak reference keeps the address from being used again, and not the memory.
         self._carried: dict[int, tuple[StorageWeakRef, frozenset[str], frozenset[str]]] = {}
@@ -188,7 +196,9 @@ class _Tracer(TorchDispatchMode):
         of_text = [i for i, p in enumerate(parts) if self._of(p)[0] == {"text"} and p.shape[1] == self._tokens]
         extra = sum(p.shape[1] for p in parts) - self._tokens
         if len(of_text) == 1 and extra:
-            self.joined[extra] = sum(p.shape[1] for p in parts[: of_text[0]])
+            starts = [sum(p.shape[1] for p in parts[:i]) for i in range(len(parts))]
+            images = [(a, a + p.shape[1]) for a, p in zip(starts, parts, strict=True) if self._of(p)[0] == {"vision"}]
+            self.joined[extra] = Row(starts[of_text[0]], tuple(images))
 
 
 def _key(tensor: Tensor) -> int:
