@@ -98,7 +98,8 @@ class UnitNeed(enum.Enum):
 class UnitStats:
     """What is known of the units of a group in one of the tensors that they have slices in. Float32, units first.
 
-    `weight` is ``[units, elements]``, `visual_ratio` ``[units, samples]``, all else ``[units]``. Of whole blocks there is no weight: its `elements` are 0.
+    `weight` is ``[units, elements]``, `visual_ratio` ``[units, samples]``, all else ``[units]``. Of whole
+    blocks there is no weight: its `elements` are 0.
     """
 
     name: str
