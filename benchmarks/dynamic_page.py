@@ -1,0 +1,9 @@
+"""tmp"""
+
+
+def page(*a):
+    return []
+
+
+def picture(*a):
+    return ""
