@@ -1,6 +1,6 @@
 """Execution that depends on the input: quality, mean multiply-adds and time at batch 1, beside static pruning and dense.
 
-ResNet-20 and ResNet-56 on CIFAR-10: Runtime Neural Pruning beside channels cut for good, at equal mean multiply-adds and with
+ResNet-20 and ResNet-56 on CIFAR-10: Runtime Neural Pruning beside channels cut for good, at equal mean multiply-adds with the
 same training for both; early exit and layer skipping. all-MiniLM-L6-v2 on STS-B: token pruning and layer skipping.
 Every row is kept in the JSON file as soon as it is known, and not measured again; trained networks are kept in --models,
 from which --part time takes them. Writes docs/benchmarks/dynamic_vision.md and .svg from all rows in the file.

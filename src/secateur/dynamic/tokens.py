@@ -46,7 +46,7 @@ class TokenGate(Gate):
         super().__init__()
         self.block, self.dial, self.route, self.score = block, dial, route, score
         self.place, self.first, self.last = place, first, last
-        self.linear = sum(m.weight.numel() for m in block.modules() if isinstance(m, nn.Linear))
+        self.linear = sum(p.numel() for n, p in block.named_parameters() if p.dim() == 2 and n.endswith("weight"))
 
     def set_budget(self, budget: float) -> None:
         """All gates turn one dial."""
@@ -72,8 +72,8 @@ class TokenGate(Gate):
             out = self.block(*args, **kwargs)
         if seen.received is None:
             raise ModelError(
-                "tokens: a block calls no scaled_dot_product_attention; of transformers, load the model with "
-                "attn_implementation='sdpa'"
+                "tokens: a block calls neither scaled_dot_product_attention nor nn.MultiheadAttention; of transformers, load "
+                "the model with attn_implementation='sdpa'"
             )
         return self._restored(self._shortened(out, seen.received))
 
@@ -127,6 +127,10 @@ class _Attention(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is F.multi_head_attention_forward:
+            both: Any = func(*args, **{**kwargs, "need_weights": True, "average_attn_weights": True})
+            self._keep(both[1])
+            return both[0], both[1] if kwargs.get("need_weights", True) else None
         if func is F.scaled_dot_product_attention:
             self._see(*args, **kwargs)
         return func(*args, **kwargs)
@@ -149,7 +153,10 @@ class _Attention(TorchFunctionMode):
         if attn_mask is not None:
             mask = attn_mask[..., rows, :] if attn_mask.shape[-2] > 1 else attn_mask
             logits = logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask
-        attention = logits.softmax(-1).mean(1)
+        self._keep(logits.softmax(-1).mean(1))
+
+    def _keep(self, attention: Tensor) -> None:
+        """``[batch, slots or 1, slots]``, the mean over the heads."""
         if self.score == "cls":
             self.received = attention[:, 0]
         else:
@@ -214,7 +221,8 @@ class Tokens:
 
     Departures: tokens leave behind a block instead of within it, before its feed-forward part; the last block puts dropped
     tokens back as they were when they left, so that the output has its shape. Blocks must call
-    scaled_dot_product_attention. `blocks` are found from the model and its first batch, and may be given instead.
+    scaled_dot_product_attention or nn.MultiheadAttention. `blocks` are found from the model and its first batch, and may
+    be given instead.
     """
 
     score: str = "cls"
