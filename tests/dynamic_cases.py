@@ -140,5 +140,7 @@ CASES = {
     "skip bert": Case("skip", bert, sentences, {"samples": 6}),
     "tokens": Case("tokens", bert, sentences, {"score": "mean", "places": 5}),
     "teal plain": Case("teal", residual, vectors, {"positions": 8, "step": 0.25}, slack=0.1),
+    "dejavu plain": Case("dejavu", residual, vectors, {"rank": 2, "steps": 20}),
+    "dejavu llama": Case("dejavu", llama, tokens, {"rank": 2, "steps": 20}),
     "teal llama": Case("teal", llama, tokens, {"positions": 48, "step": 0.25}),
 }

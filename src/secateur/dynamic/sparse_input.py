@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from secateur.dynamic.gate import Gate
+from secateur.dynamic.kernels import by_kernel, turn
+from secateur.runtime import native
 
 _POINTS = 201  #: of the table of quantiles, and of the way of sparsities
 
@@ -26,6 +28,8 @@ class SparseInput(Gate):
         """`swap` says that the weight of `linear` is stored ``[in, out]``, as GPT-2 has it."""
         super().__init__()
         self.linear, self.swap = linear, swap
+        if not swap:
+            turn(self.weight)
         self.register_buffer("quantiles", torch.zeros(_POINTS))
         self.register_buffer("way", torch.linspace(0, 1, _POINTS, dtype=torch.float64))
         self.threshold = 0.0
@@ -66,6 +70,13 @@ class SparseInput(Gate):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in] -> [..., out]``."""
+        by_input = self.weight if self.swap else self.weight.t()
+        if by_kernel(x, by_input):
+            y, kept = native.thin(x, by_input, self.threshold, self.bias)
+            if self.meter is not None:
+                computed = torch.tensor([kept * (self.macs // x.shape[-1])], dtype=torch.float64)
+                self.spend(computed, torch.full_like(computed, self.macs))
+            return y
         small = x.abs() <= self.threshold
         if self.meter is not None:
             self._record(small)
