@@ -33,6 +33,7 @@ from secateur.measure.macs import macs
 BUDGETS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
 STATIC = (0.7, 0.5)
 EPOCHS, LR, DECAY = 4, 0.03, 5e-4
+LOWEST = 0.45  #: budget down to which RNP is trained
 EXAMPLE = torch.zeros(1, 3, 32, 32)
 
 
@@ -101,10 +102,9 @@ def resnet(bench: Bench, depth: int) -> None:
 
 def rnp(bench: Bench, name: str, depth: int, whole: float) -> None:
     started = time.process_time()
-    quick = {"episodes": 256, "steps": 20} if bench.quick else {}
-    gated = sc.dynamic(
-        bench.dense(depth), method="rnp", data=bench.train, budget=1.0, epochs=EPOCHS, lr=LR, weight_decay=DECAY, **quick
-    )
+    effort = {"episodes": 256, "steps": 20} if bench.quick else {"episodes": 4096, "steps": 600}
+    training = {"epochs": EPOCHS, "lr": LR, "weight_decay": DECAY, "lowest": LOWEST}
+    gated = sc.dynamic(bench.dense(depth), method="rnp", data=bench.train, budget=1.0, **training, **effort)
     bench.rows.keep(f"{name}/rnp/seconds", {"seconds": time.process_time() - started})
     sc.save(gated, bench.models / f"{name} rnp", overwrite=True)
     bench.curve(f"{name}/rnp", gated, whole)

@@ -40,7 +40,7 @@ class Decider(nn.Module):
         self.dial = Dial(POINTS)
         self.register_buffer("shares", torch.full((len(channels),), 1 / len(channels)))
         self.full = True  #: whether everything is computed and nobody asks
-        self.price: float | Tensor = 0.0  #: one, or ``[batch]``
+        self.price = 0.0
         self.explore: Generator | None = None  #: draws choices where there is one
         self.epsilon = 0.0  #: share of the choices that are drawn
         self.floor = lowest  #: least share of the groups that random choices take on average
@@ -62,7 +62,7 @@ class Decider(nn.Module):
         if self.full:
             return self.groups
         pooled = x.mean((2, 3))
-        values = self.values(gate, pooled, self.price)
+        values = self._ranked(gate, pooled) if isinstance(self.price, float) else self.values(gate, pooled, self.price)
         if self.explore is None and len(x) == 1:
             return int(values.argmax())
         chosen = values.argmax(1)
@@ -94,18 +94,39 @@ class Decider(nn.Module):
 
     def values(self, gate: int, pooled: Tensor, price: float | Tensor) -> Tensor:
         """``Q`` of each choice, ``[batch, groups + 1]``; remembers the state for the gate behind."""
-        width = len(self.place[0])
         priced = torch.as_tensor(price, dtype=pooled.dtype, device=pooled.device).reshape(-1, 1)
-        known = _features(priced)
         encoded = F.linear(pooled, self.encoders[str(self.channels[gate])], self.place[gate])
-        encoded = torch.relu(encoded + F.linear(known, self.priced))
-        if gate == 0 or self._memory is None:
-            self._memory = pooled.new_zeros(len(pooled), width)
-        self._memory = torch.tanh(F.linear(torch.cat([encoded, self._memory], 1), self.cell))
-        out = F.linear(self._memory, self.head, self.usual[gate])
+        self._remember(gate, encoded + F.linear(_features(priced), self.priced))
+        out = F.linear(self._memory, self.head, self.usual[gate])  # type: ignore[arg-type]
         paid = priced * self.shares[gate] * self._steps(pooled)
         later = priced * self.shares[gate + 1 :].sum() / 2
         return out[:, 1:] - out[:, 1:].mean(1, keepdim=True) + out[:, :1] - paid - later
+
+    def _ranked(self, gate: int, pooled: Tensor) -> Tensor:
+        """`values` at the one price of the dial, but for a sum that is the same for all choices."""
+        if gate not in self._fixed:
+            priced = torch.full((1, 1), float(self.price), dtype=pooled.dtype, device=pooled.device)
+            shift = (self.place[gate] + F.linear(_features(priced), self.priced)[0]).detach()
+            usual = (self.usual[gate, 1:] - priced[0] * self.shares[gate] * self._steps(pooled)).detach()
+            self._fixed[gate] = shift, usual, self.head[1:].detach()
+        shift, usual, head = self._fixed[gate]
+        return F.linear(self._remember(gate, F.linear(pooled, self.encoders[str(self.channels[gate])], shift)), head, usual)
+
+    def _remember(self, gate: int, encoded: Tensor) -> Tensor:
+        """The memory ``[batch, hidden]`` after this gate."""
+        if gate == 0 or self._memory is None:
+            self._memory = torch.zeros_like(encoded)
+        self._memory = torch.tanh(F.linear(torch.cat([torch.relu(encoded), self._memory], 1), self.cell))
+        return self._memory
+
+    @property
+    def price(self) -> float | Tensor:
+        """One for all inputs, or one for each, ``[batch]``."""
+        return self._price
+
+    @price.setter
+    def price(self, value: float | Tensor) -> None:
+        self._price, self._fixed = value, dict[int, tuple[Tensor, Tensor, Tensor]]()
 
     def _steps(self, like: Tensor) -> Tensor:
         return torch.arange(self.groups + 1, device=like.device, dtype=like.dtype) / self.groups
