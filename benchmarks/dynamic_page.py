@@ -94,8 +94,8 @@ def verdict(found: Found, name: str) -> list[str]:
     alike = "" if tuned is None else f", {half['quality'] - tuned['quality']:+.2f} against the dense network trained alike"
     return [
         "",
-        f"RNP at {half['macs']:.1%} of the multiply-adds: {half['quality'] - dense:+.2f} points against the dense network as it "
-        f"comes{alike}, and {half['quality'] - cut['quality']:+.2f} against channels cut for good to {cut['macs']:.1%}.",
+        f"RNP at {half['macs']:.1%} of the multiply-adds: {half['quality'] - dense:+.2f} points against the dense network as "
+        f"it comes{alike}, and {half['quality'] - cut['quality']:+.2f} against channels cut for good to {cut['macs']:.1%}.",
     ]
 
 
