@@ -47,7 +47,8 @@ NOTES = {
     "the gated layers; the sentences of STS-B are short, about a dozen tokens, which leaves little to drop.",
     **dict.fromkeys(
         ("resnet20", "resnet56"),
-        "Test: all 10,000 images. *Trained alike*: four epochs of the first 20,480 training images of the shuffled split, "
+        "Test: 5,000 test images, the first of the shuffled split. "
+        "*Trained alike*: four epochs of the first 20,480 training images of the shuffled split, "
         "shifted and flipped, batches of 128, SGD with Nesterov momentum 0.9, weight decay 0.0005; the cut networks and the "
         "dense one with learning rate 0.03 along one cosine, RNP the same four epochs, with a rate that starts anew, lower, "
         "after each time its decider learns. Cut for good: the inner channels of every block by magnitude, the same share of "
