@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import importlib
 
 import pytest
 import torch
@@ -12,9 +12,11 @@ from vision_language_models import NAMES, make
 import secateur as sc
 from secateur.data.batches import Batches
 from secateur.layers import find_layers
+from secateur.patterns import make_pattern
 from secateur.select import removed_count
 from secateur.stats import collect
 from secateur.stats.blocks import grams_in_turn
+from secateur.structured import cut_units, prepare_units
 from secateur.types import Need
 from secateur.vision_language.groups import modality_groups
 
@@ -103,9 +105,27 @@ METHODS = {
 @pytest.mark.parametrize("method", METHODS)
 def test_every_baseline_runs_within_modalities_by_the_same_call(method, monkeypatch):
     untimed = lambda model, pruned, example, before, after: (before, after)  # noqa: E731
-    monkeypatch.setattr(sys.modules["secateur.prune"], "_timed_side_by_side", untimed)
+    monkeypatch.setattr(importlib.import_module("secateur.prune"), "_timed_side_by_side", untimed)
     model, one = make("clip")
     result = sc.prune(model, sparsity=0.75, groups="modality", data=[{**one, "return_loss": True}], **METHODS[method])
     for names in modality_groups(model, list(result.masks), one).values():
         total = sum(result.masks[n].numel() for n in names)
         assert sum(int((~result.masks[n]).sum()) for n in names) == removed_count(total, 0.75)
+
+
+def test_units_are_repaired_on_what_is_no_padding():
+    """Padded tokens of any value change nothing of a refit: neither of the tower of pixels nor of the joined row."""
+    torch.manual_seed(0)
+    model = Joined(True)
+    model.join = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+    mask = torch.ones(3, 4, dtype=torch.long)  # as many tokens as image positions
+    mask[1, -2:] = 0
+    one = {"input_ids": torch.randint(8, (3, 4)), "attention_mask": mask, "pixel_values": torch.randn(3, 3, 4, 4)}
+    other = {**one, "input_ids": one["input_ids"].masked_fill(mask == 0, 8)}
+    recipe = {"pattern": "ffn", "sparsity": 0.5, "repair": "least-squares", "ignore": ["see", "read", "patches"]}
+    found = []
+    for data in (one, other):
+        job = prepare_units(model, sc.Recipe.make(recipe), make_pattern("ffn"), data=[data], train=None, loss=None, example=one)
+        found.append(cut_units(model, job).model)
+    for a, b in zip(found[0].parameters(), found[1].parameters(), strict=True):
+        torch.testing.assert_close(a, b)
