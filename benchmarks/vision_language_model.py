@@ -63,6 +63,9 @@ class VisionLanguage(nn.Module):
         self.fusion = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
         self.answer = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, len(ANSWERS)))
         self.scale = nn.Parameter(torch.tensor(2.5))
+        for name, parameter in self.named_parameters():  # as BERT, CLIP and BLIP begin, whatever the width
+            if parameter.dim() == 2 and not name.startswith(("vision_tower", "text_tower")):
+                nn.init.normal_(parameter, std=0.02)
 
     def see_images(self, pixel_values: Tensor) -> Tensor:
         """What the vision tower gives for images: positions ``[n, 9, 1280]``."""
