@@ -110,6 +110,8 @@ def _convolution(call: Call) -> Tensor:
         shape[1 if transposed else 0] = 1 if transposed else groups
     x = call.first().detach()
     x = x.to(torch.promote_types(x.dtype, torch.float32)).square()
+    if x.dim() == module.weight.dim():  # it is linear in x^2, so one sample can stand for all
+        x = x.sum(0, keepdim=True)
     probe = torch.ones(shape, dtype=x.dtype, device=x.device, requires_grad=True)
     replaced = [(module.weight, probe)]
     if module.bias is not None:
