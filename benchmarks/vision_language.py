@@ -239,8 +239,8 @@ def verdict(rows: Mapping[str, Row]) -> list[str]:
         if "timing" in rows:
             one, whole = rows["timing"][samples]
             lines.append(
-                f"MULTIFLOW on {samples} samples takes {whole:.2f} CPU-seconds, statistics, scores and choice: {whole / one:.2f} times "
-                f"the forward passes alone ({one:.2f})."
+                f"MULTIFLOW on {samples} samples takes {whole:.2f} CPU-seconds, from statistics to masks: {whole / one:.2f} "
+                f"times the forward passes alone ({one:.2f})."
             )
     return lines
 
