@@ -10,7 +10,7 @@ from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 from secateur.errors import SecateurError
-from secateur.report import charts, picture, rows, terms
+from secateur.report import charts, dial, picture, rows, terms
 from secateur.report import format as fmt
 from secateur.report.metric import Metric, main_metric
 from secateur.report.svg import SERIES, to_svg
@@ -43,6 +43,7 @@ def render(report: Report) -> str:
         "layers": _layers(report),
         "sensitivity": _sensitivity(report, metric),
         "curves": _curves(report.points, metric, report),
+        "dial": _dial(report, metric),
         "histograms": _histograms(report.layers),
         "masks": _masks(report.layers),
         "skipped": report.skipped,
@@ -75,7 +76,7 @@ def render_comparison(reports: Sequence[Report], title: str = "Comparison") -> s
 
 def empty_context() -> dict[str, Any]:
     """Every part of the page, left out."""
-    parts = ("timings", "layers", "sensitivity", "curves", "histograms", "masks", "runs")
+    parts = ("timings", "layers", "sensitivity", "curves", "dial", "histograms", "masks", "runs")
     return {"tiles": (), "rows": (), "seconds": "", "skipped": {}, "notes": (), "recipe": "", **dict.fromkeys(parts)}
 
 
@@ -213,6 +214,11 @@ def _curves(points: Sequence[Point], metric: Metric | None, report: Report) -> d
         "metric": metric,
         "best": sum(row.best for row in table),
     }
+
+
+def _dial(report: Report, metric: Metric | None) -> dict[str, Any] | None:
+    metric = metric or Metric.of("quality", [p.quality for p in report.dial])
+    return dial.section(report.dial, metric, inline_svg, _HALF)
 
 
 def _histograms(layers: Sequence[LayerReport]) -> dict[str, Any] | None:
