@@ -468,6 +468,7 @@ class DialPoint:
     cost: float  #: mean share of the dense multiply-adds of the gated parts
     quality: float
     counts: tuple[int, ...]  #: inputs by their share, in equal steps from 0 to 1; the last counts what is above, too
+    own: bool = False  #: whether it is the budget that the model was left at
 
 
 @dataclass(frozen=True)

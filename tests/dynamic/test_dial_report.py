@@ -57,6 +57,10 @@ def test_it_comes_back_from_json_and_from_an_artifact(gated, report, tmp_path):
 def test_the_page_shows_the_curve_the_spread_and_the_table(report):
     page = render(report)
     assert 'id="dial"' in page
+    own = report.dial[2]
+    assert (own.budget, own.own) == (0.7, True)
+    assert f"{100 * own.cost:.1f}% of the gated multiply-adds are computed on average, within a budget of 70.0%" in page
+    assert "weights are gone" not in page
     assert page.count("<svg") == 2
     for point in report.dial:
         assert f"{100 * point.budget:.1f}%" in page

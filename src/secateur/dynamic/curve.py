@@ -39,7 +39,7 @@ def dial_report(gated: Dynamic, evaluate: Evaluate, budgets: Sequence[float], ti
                 raise RecipeError("evaluate did not run the model: there is no input whose cost could be shown")
             places = (costs.shares * BINS).long().clamp(max=BINS - 1)
             counts = torch.bincount(places, minlength=BINS).tolist()
-            points.append(DialPoint(budget, costs.mean, next(iter(quality[budget].values())), tuple(counts)))
+            points.append(DialPoint(budget, costs.mean, next(iter(quality[budget].values())), tuple(counts), budget == own))
     finally:
         gated.budget = own
     found = sizes(gated)

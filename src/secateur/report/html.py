@@ -130,6 +130,9 @@ def _tiles(report: Report) -> tuple[dict[str, str], ...]:
     tiles = [{"label": "Weights removed", "value": fmt.share(rows.removed(report)), "detail": ""}]
     kept = f"{fmt.count(report.after.nonzeros)} of {fmt.count(report.before.parameters)} parameters are left"
     tiles[0]["detail"] = kept
+    for point in (p for p in report.dial if p.own):
+        detail = f"of the gated multiply-adds, within a budget of {fmt.share(point.budget)}"
+        tiles = [{"label": "Computed on average", "value": fmt.share(point.cost), "detail": detail}]
     quality = metric.label if metric else ""
     for label, name in ((quality, quality), (rows.DISK, rows.DISK), (rows.LATENCY, "Latency")):
         row = table.get(label)
