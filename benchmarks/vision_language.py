@@ -2,7 +2,7 @@
 
     python benchmarks/vision_language.py benchmarks/rows/vision_language.json
     python benchmarks/vision_language.py benchmarks/rows/vision_language.json --rows multiflow:0.75,omp:0.75 --minutes 60
-    python benchmarks/vision_language.py benchmarks/rows/vision_language.json --minutes 0 --out docs/benchmarks/vision_language.md
+    python benchmarks/vision_language.py ROWS --minutes 0 --out docs/benchmarks/vision_language.md
 
 Every method prunes within modalities (``groups="modality"``), sees the same 64 samples of training data, has its BatchNorm
 statistics re-estimated on them, and is fine-tuned alike, once to retrieval and once to questions: 8 steps of AdamW with 24
