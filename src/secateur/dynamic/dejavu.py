@@ -30,7 +30,7 @@ class Predictor(nn.Module):
 
     down: Tensor  #: ``[r, d]``
     up: Tensor  #: ``[units, r]``
-    offset: Tensor  #: ``[units]``
+    offset: Tensor  #: ``[units]``; minus infinity for units that are pruned
 
     def __init__(self, width: int, rank: int, units: int):
         super().__init__()
@@ -42,6 +42,11 @@ class Predictor(nn.Module):
     def macs(self) -> int:
         """Multiply-adds for one position."""
         return self.down.numel() + self.up.numel()
+
+    @property
+    def alive(self) -> int:
+        """Units that are not pruned."""
+        return int((self.offset > -torch.inf).sum())
 
     def forward(self, hidden: Tensor) -> Tensor:
         """``[..., d] -> [..., units]``; higher = more likely to be needed."""
@@ -87,7 +92,10 @@ class Chooser(Gate):
                 f"the budget {budget} cannot be met: the predictors themselves cost {predicting:.1%} of the multiply-adds they "
                 "decide on, and one neuron and one head are always computed. Ask for more, or take a smaller rank."
             )
-        self.counts = (min(kept_neurons, neurons), min(kept_heads, heads))
+        self.counts = (
+            min(kept_neurons, self.for_neurons.alive if self.for_neurons else 0),
+            min(kept_heads, self.for_heads.alive if self.for_heads else 0),
+        )
 
     def look(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before an earlier block runs: choose for this one. A forward pre-hook."""
@@ -182,6 +190,7 @@ class DejaVu:
                 if isinstance(chooser, Chooser):
                     for (choice, predictor), worth in zip(chooser.predictors, importance, strict=True):
                         self._train(predictor, source, worth, choice)
+                        predictor.offset.masked_fill_(_pruned(block, choice).to(predictor.offset.device), -torch.inf)
                 earlier = hidden
                 for call, output in zip(calls, outputs, strict=True):
                     call.proceed(output)
@@ -211,6 +220,19 @@ class DejaVu:
         with torch.no_grad():
             for buffer, trained in ((predictor.down, down), (predictor.up, up), (predictor.offset, offset)):
                 buffer.copy_(trained)
+
+
+def _pruned(block: nn.Module, choice: Choice) -> Tensor:
+    """Bool ``[units]``: units that nothing reads, and neurons that have no weights and no bias and so are zero."""
+    found = torch.zeros(choice.units, dtype=torch.bool)
+    for gate in block.modules():
+        if isinstance(gate, ChosenInputs) and gate.choice is choice:
+            by_input = gate.weight if gate.swap else gate.weight.t()
+            found |= (by_input == 0).all(1).unflatten(0, (choice.units, choice.size)).all(1).cpu()
+        elif isinstance(gate, ChosenOutputs) and gate.choice is choice and choice.size == 1:
+            empty = ((gate.weight.t() if gate.swap else gate.weight) == 0).all(1)
+            found |= (empty if gate.bias is None else empty & (gate.bias == 0)).cpu()
+    return found
 
 
 def scaled(hidden: Tensor) -> Tensor:
