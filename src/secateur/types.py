@@ -472,6 +472,17 @@ class Point:
 
 
 @dataclass(frozen=True)
+class DialPoint:
+    """A model with gates at one budget: what its inputs cost on average and each, and its quality."""
+
+    budget: float
+    cost: float  #: mean share of the dense multiply-adds of the gated parts
+    quality: float
+    counts: tuple[int, ...]  #: inputs by their share, in equal steps from 0 to 1; the last counts what is above, too
+    own: bool = False  #: whether it is the budget that the model was left at
+
+
+@dataclass(frozen=True)
 class Report:
     """Everything needed to show what pruning cost and won. Plain data: `to_json` and `from_json` lose nothing."""
 
@@ -488,6 +499,7 @@ class Report:
     environment: Mapping[str, str] = field(default_factory=dict)
     seconds: float = 0.0
     budget: Budget | None = None  #: what the model was allowed to cost, where that was asked for
+    dial: tuple[DialPoint, ...] = ()  #: of a model with gates, by falling budget
 
     def to_json(self) -> dict[str, Any]:
         """Plain lists and dicts, as `from_json` reads them."""
@@ -508,6 +520,7 @@ class Report:
         data["points"] = tuple(Point(**p) for p in data["points"])
         data["notes"] = tuple(data["notes"])
         data["budget"] = Budget(**data["budget"]) if data.get("budget") else None
+        data["dial"] = tuple(DialPoint(**{**p, "counts": tuple(p["counts"])}) for p in data.get("dial", ()))
         return cls(**data)
 
 
