@@ -36,7 +36,7 @@ def page(found: Found, threads: int) -> list[str]:
     for name, title in NAMES.items():
         own = network(found, name)
         if own:
-            lines += ["", f"## {title}", "", *table(HEAD, own), *verdict(found, name), "", NOTES[name]]
+            lines += ["", f"## {title}", "", *table(HEAD, own), *verdict(found, name), *choosing(found, name), "", NOTES[name]]
     return [*lines, "", conditions(threads, "seed 0", sum(row.get("seconds", 0.0) for row in found.values()))]
 
 
@@ -98,6 +98,16 @@ def verdict(found: Found, name: str) -> list[str]:
         f"RNP at {half['macs']:.1%} of the multiply-adds: {half['quality'] - dense:+.2f} points against the dense network as "
         f"it comes{alike}, and {half['quality'] - cut['quality']:+.2f} against channels cut for good to {cut['macs']:.1%}.",
     ]
+
+
+def choosing(found: Found, name: str) -> list[str]:
+    """What the choices of RNP are worth on the very network it trained."""
+    rows = {key.rpartition("/")[2]: row for key, row in found.items() if key.startswith(f"{name}/choices/")}
+    if not rows:
+        return []
+    lines = [[what, f"{row['share']:.1%}", f"{row['quality']:.1f}"] for what, row in rows.items()]
+    said = "The same trained network at budget 0.5, on 1,000 test images, with other choices than its decider's:"
+    return ["", said, "", *table(("choices", "gated MACs", "accuracy"), lines)]
 
 
 def picture(found: Found) -> str:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 import secateur as sc
 from secateur.dynamic import Dynamic
+from secateur.dynamic.channels import ChannelGate
 from secateur.errors import BudgetError
 from secateur.measure.latency import compare_latency
 from secateur.measure.macs import macs
@@ -33,7 +34,7 @@ from secateur.measure.macs import macs
 BUDGETS = (1.0, 0.8, 0.65, 0.5, 0.4)
 STATIC = (0.7, 0.5)
 EPOCHS, LR, DECAY = 4, 0.03, 5e-4
-LOWEST = 0.45  #: budget down to which RNP is trained
+LOWEST = 0.3  #: budget down to which RNP is trained
 EXAMPLE = torch.zeros(1, 3, 32, 32)
 
 
@@ -102,7 +103,7 @@ def resnet(bench: Bench, depth: int) -> None:
 
 def rnp(bench: Bench, name: str, depth: int, whole: float) -> None:
     started = time.process_time()
-    effort = {"episodes": 256, "steps": 20} if bench.quick else {"episodes": 4096, "steps": 600}
+    effort = {"episodes": 256, "steps": 20} if bench.quick else {"episodes": 4096, "steps": 500}
     training = {"epochs": EPOCHS, "lr": LR, "weight_decay": DECAY, "lowest": LOWEST}
     gated = sc.dynamic(bench.dense(depth), method="rnp", data=bench.train, budget=1.0, **training, **effort)
     bench.rows.keep(f"{name}/rnp/seconds", {"seconds": time.process_time() - started})
@@ -171,6 +172,40 @@ def sentences(count: int) -> list[str]:
     return [line for line in lines if len(line.split()) > 4][:count]
 
 
+@torch.no_grad()
+def choices(bench: Bench) -> None:
+    """What RNP's choosing is worth: beside its choices those of other images, one for all images, and the same everywhere."""
+    test = batched(*cifar("test", 1000), 250)
+    for name in ("resnet20", "resnet56"):
+        if bench.missing(f"{name}/rnp/0.5") or not bench.missing(f"{name}/choices/own"):
+            continue
+        gated: Any = sc.load(bench.models / f"{name} rnp", model=bench.dense(int(name[6:]))).eval()
+        gated.budget = 0.5
+        decider = next(m for m in gated.modules() if isinstance(m, ChannelGate)).decider
+        decider.trace = []
+        own = correct(gated, test)
+        gates = len(decider.channels)
+        chosen = [torch.cat([c for _, c in decider.trace[gate::gates]]) for gate in range(gates)]
+        decider.trace = None
+        shares, groups = decider.shares, decider.groups
+        usual = [int(torch.bincount(c).argmax()) for c in chosen]
+        generator = torch.Generator().manual_seed(0)
+
+        def cost(widths: list[Tensor], shares: Tensor = shares, groups: int = groups) -> float:
+            return float(sum(s * w.double().mean() / groups for s, w in zip(shares, widths, strict=True)))
+
+        bench.rows.keep(f"{name}/choices/own", {"quality": own, "share": cost(chosen)})
+        others: dict[str, Any] = {
+            "of other images": lambda gate, x, c=chosen, g=generator: c[gate][torch.randint(1000, (len(x),), generator=g)],
+            "the most frequent": lambda gate, x, u=usual: u[gate],
+            "2 groups everywhere": lambda gate, x: 2,
+            "3 groups everywhere": lambda gate, x: 3,
+        }
+        costs = (cost(chosen), cost([torch.tensor(u) for u in usual]), 0.5, 0.75)
+        for (what, decider.choose), share in zip(others.items(), costs, strict=True):
+            bench.rows.keep(f"{name}/choices/{what}", {"quality": correct(gated, test), "share": share})
+
+
 @torch.inference_mode()
 def timed(bench: Bench) -> None:
     """Batch 1, one thread, real test images in turn: every model of a network beside its dense one, in the same rounds."""
@@ -218,6 +253,7 @@ PARTS: dict[str, Callable[[Bench], None]] = {
     "minilm": minilm,
     "resnet20": lambda bench: resnet(bench, 20),
     "resnet56": lambda bench: resnet(bench, 56),
+    "choices": choices,
     "time": timed,
 }
 

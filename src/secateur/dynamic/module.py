@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,11 +13,14 @@ from torch import nn
 
 from secateur.data.batches import Batch, Batches
 from secateur.dynamic.cost import Costs
+from secateur.dynamic.curve import dial_report
 from secateur.dynamic.gate import Gate, recording
 from secateur.dynamic.registry import DYNAMIC, Method, Preparing
 from secateur.errors import ArtifactError, ModelError, RecipeError
 from secateur.measure.modes import evaluating
+from secateur.measure.quality import Evaluate
 from secateur.registry import bind
+from secateur.types import Report
 
 
 class Dynamic(nn.Module):
@@ -80,6 +83,15 @@ class Dynamic(nn.Module):
         """
         with recording(self.model) as costs:
             yield costs
+
+    def report(
+        self, evaluate: Evaluate, *, budgets: Sequence[float] = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4), title: str | None = None
+    ) -> Report:
+        """Quality and the cost of every input along the dial, as a report: give it to `sc.save`, then `secateur report DIR`.
+
+        >>> sc.save(gated, "runs/gated", report=gated.report(accuracy))  # doctest: +SKIP
+        """
+        return dial_report(self, evaluate, budgets, title or f"{type(self.model).__name__} with {self.method}")
 
     def __getattr__(self, name: str) -> Any:
         try:
