@@ -175,7 +175,8 @@ def test_options_of_a_method_follow_a_question_mark():
 def test_a_solver_is_an_option(tmp_path):
     words = ("prune", NET, "-s", "0.5", "--solver", "sparsegpt?damp=0.05", "--data", TRAIN, "--limit", "64", "--json")
     found = json.loads(secateur(*words, cwd=tmp_path))
-    assert found["recipe"]["solver"] == {"name": "sparsegpt", "damp": 0.05}
+    assert 'name = "sparsegpt"' in found["recipe"]
+    assert "damp = 0.05" in found["recipe"]
     assert all(layer["error"] is not None for layer in found["layers"])
 
 

@@ -177,8 +177,8 @@ Solver = Annotated[
     str | None,
     typer.Option(
         "--solver",
-        help="What chooses or repairs the weights that stay, on --data: keep (default), least-squares, sparsegpt, obc, admm, alps,"
-        " woodfisher, chita; with options as alps?damp=0.1.",
+        help="What chooses or repairs the weights that stay, on --data: keep (default), least-squares, sparsegpt, obc, admm,"
+        " alps, woodfisher, chita; with options as alps?damp=0.1.",
         show_default=False,
         rich_help_panel=METHOD,
     ),
