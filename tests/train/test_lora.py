@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import secateur as sc
-from secateur.models.torchvision_shim import repair_torchvision
+from secateur.models.torchvision_shim import prepare_torchvision
 
 
 def test_masks_hold_through_the_merge_of_adapters():
-    repair_torchvision()
+    prepare_torchvision()
     peft = pytest.importorskip("peft", reason="the adapters are peft's")
     torch.manual_seed(0)
     pruned = sc.prune(nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 4)), sparsity=0.8)
@@ -27,7 +27,7 @@ def test_masks_hold_through_the_merge_of_adapters():
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.8 * losses[0]
-    merged = adapted.merge_and_unload()
+    merged = adapted.merge_and_unload().requires_grad_(True)
     assert all(bool(merged.get_parameter(n).detach()[~m].any()) for n, m in pruned.masks.items()), "merging fills the zeros"
 
     pruned.masks.apply(merged)
