@@ -78,7 +78,7 @@ def lenet(name: str, seed: int, factor: float, options: argparse.Namespace) -> R
 
 
 def efficientnet(normalise: str, options: argparse.Namespace) -> Row:
-    """Whole numbers with rounding errors made up for, BatchNorms folded and re-estimated; every twelfth image calibrates."""
+    """Whole numbers in steps chosen by the network's output, rounding errors made up for; every twelfth image calibrates."""
     import secateur as sc
     from secateur.data import accuracy, load_data
     from secateur.models import load_model
@@ -88,8 +88,7 @@ def efficientnet(normalise: str, options: argparse.Namespace) -> Row:
     images = f"npz:{asset('imagenet_sample_1000.npz')}"
     data = list(load_data(f"{images}[0::12]", loaded=loaded, batch_size=21))
     measure = accuracy(list(load_data(f"{images}[1::2]", loaded=loaded, batch_size=25)), topk=(1,))
-    bits = {"*depthwise*": 7.0, "*stem*": 7.0, "*": options.bits or 3.8}
-    settings = {"scheme": "entropy", "bits": bits, "data": data, "fold_norms": True}
+    settings = {"scheme": "entropy", "budget": options.budget, "data": data, "fold_norms": True}
     found = sc.compress(loaded.model, reestimate_norms=options.reestimate, **settings)
     dense, final = (100 * measure(m)["accuracy"] for m in (loaded.model, found.model))
     return outcome(found, dense, None, final, began)
@@ -348,6 +347,7 @@ def main() -> None:
     parser.add_argument("--bits", type=float, help="instead of the bits that most weights get")
     parser.add_argument("--factor", type=float, help="LeNets: how many times fewer parameters before they are shared")
     parser.add_argument("--holdout", action="store_true", help="LeNets: judge by training images held out")
+    parser.add_argument("--budget", type=int, default=2_270_000, help="EfficientNet: bytes of its weights")
     parser.add_argument("--reestimate", action="store_true", help="EfficientNet: re-estimate BatchNorm statistics")
     options = parser.parse_args()
     import torch
