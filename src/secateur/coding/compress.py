@@ -44,7 +44,7 @@ CHOICES: Mapping[Scheme, tuple[float, ...]] = {
     "integer": (3, 3.5, 4, 4.5, 5, 5.5, 6, 7, 8),
     "entropy": (2, 2.5, 3, 3.5, 4, 4.5, 5, 6, 7),
 }
-_HALVINGS = 24  # of the range in which the common factor of all steps is looked for: to a 100,000th
+_HALVINGS = 16  # of the range in which the common factor of all steps is looked for: to a 500th of a bit
 _TRIALS, _MARGIN = 4, 0.998  # to meet a budget with rounding errors made up for
 
 
