@@ -4,7 +4,7 @@ LeNet-300-100 and LeNet-5 on MNIST (mnist_nets.py), a large sparse language mode
 (`secateur.train.versus`), and MiniLM: 80% of its weights removed step by step, and half of its feed-forward neurons and heads
 by HomoDistil, taught by itself without labels. Each row is kept in the JSON file as soon as it is known.
 
-    python benchmarks/training.py rows.json --rows lenet_300_100:0,lenet_5:0,versus:lstm,minilm:gradual,minilm:homodistil
+    python benchmarks/training.py rows.json --rows lenet_300_100:0,lenet_5:0,versus:lstm:0,minilm:gradual,minilm:homodistil
     python benchmarks/training.py rows.json --out docs/benchmarks/training.md
 """
 
@@ -61,7 +61,7 @@ def _lenet(name: str, seed: str, options: argparse.Namespace) -> Row:
     }  # fmt: skip
 
 
-def versus(kind: str, options: argparse.Namespace) -> Row:
+def versus(detail: str, options: argparse.Namespace) -> Row:
     """A language model of characters: WikiText-2's validation text to train on, its test text to judge."""
     import characters
 
@@ -69,13 +69,14 @@ def versus(kind: str, options: argparse.Namespace) -> Row:
     from secateur.train.versus import versus as contest
 
     began = time.process_time()
-    width, make, step = {"lstm": (128, characters.lstm, 1), "transformer": (96, characters.transformer, 4)}[kind]
+    kind, _, seed = detail.partition(":")
+    width, make, step = {"lstm": (128, characters.lstm, 1), "transformer": (48, characters.transformer, 4)}[kind]
     loaded, text = make(width), asset("wikitext2")
     train = load_data(f"text:{text / 'valid.txt'}?seqlen=64", loaded=loaded, batch_size=32, limit=options.blocks)
     test = load_data(f"text:{text / 'test.txt'}?seqlen=64", loaded=loaded, batch_size=64, limit=1000)
     rows = contest(
         lambda at: make(at).model, width, train, perplexity(list(test)), sparsities=[0.8, 0.9], epochs=options.epochs or 1,
-        lr=5e-3 if kind == "lstm" else 3e-3, step=step,
+        lr=5e-3, step=step, seeds=[int(seed or 0)],
     )  # fmt: skip
     return {"rows": [asdict(r) for r in rows], "seconds": time.process_time() - began, "blocks": train.size}
 
@@ -196,8 +197,8 @@ def page(rows: Mapping[str, Row]) -> list[str]:
             "## LeNets on MNIST", "", "Errors in percent on the 10,000 test images, of the last weights. All parameters are",
             "counted against all that are not zero, biases too.", "", *table(head, lines_found), "", LENET_TEXT, "",
         ]  # fmt: skip
-    for key in [k for k in rows if k.startswith("versus:")]:
-        lines += versus_lines(key, rows[key])
+    for kind, networks in contests(rows).items():
+        lines += versus_lines(kind, networks, [r for k, r in rows.items() if k.startswith(f"versus:{kind}:")])
     if found := {k.partition(":")[2]: row for k, row in rows.items() if k.startswith("minilm:")}:
         head = ["MiniLM", "Spearman, STS-B", "SST-2 probe", "nonzeros", "steps", "CPU time"]
         body = [
@@ -230,21 +231,33 @@ MINILM_TEXT = (
 )
 
 
-def versus_lines(key: str, row: Row) -> list[str]:
+def contests(rows: Mapping[str, Row]) -> dict[str, list[Any]]:
+    """All networks of each kind, of all seeds."""
+    from secateur.train.versus import Trained
+
+    found: dict[str, list[Any]] = {}
+    for key in [k for k in rows if k.startswith("versus:")]:
+        found.setdefault(key.split(":")[1], []).extend(Trained(**r) for r in rows[key]["rows"])
+    return found
+
+
+def versus_lines(kind: str, networks: list[Any], rows: list[Row]) -> list[str]:
     """The table of one contest, and its picture."""
-    kind = key.partition(":")[2]
-    head = ["network", "nonzeros", "perplexity of a character"]
+    from secateur.report.contest import means
+
+    head = ["network", "nonzeros", "perplexity of a character, mean", "over seeds"]
     body = [
         [
-            f"width {r['size']}, " + (f"{r['sparsity']:.0%} pruned" if r["sparsity"] else "dense"), f"{r['nonzeros']:,}",
-            f"{next(iter(r['quality'].values())):.3f}",
+            f"width {r.size}, " + (f"{r.sparsity:.0%} pruned" if r.sparsity else "dense"), f"{r.nonzeros:,}",
+            f"{statistics.fmean(values):.2f}", f"{min(values):.2f} to {max(values):.2f}",
         ]
-        for r in row["rows"]
+        for r, values in means(networks)
     ]  # fmt: skip
     return [
         f"## {kind}: large and sparse, or small and dense", "", *table(head, body), "",
-        f"Trained alike on {row['blocks']:,} blocks of 64 characters of WikiText-2's validation text, judged on 1000 blocks of "
-        f"its test text; {row['seconds']:.0f} s of CPU time in all.", "",
+        f"Trained alike on {rows[0]['blocks']:,} blocks of 64 characters of WikiText-2's validation text, once through; judged "
+        f"on 1000 blocks of its test text. {len(rows)} seed(s), {statistics.fmean(r['seconds'] for r in rows):.0f} s of CPU "
+        "time each.", "",
         f"![Perplexity over nonzeros](training_{kind}.svg)", "",
     ]  # fmt: skip
 
@@ -252,12 +265,9 @@ def versus_lines(key: str, row: Row) -> list[str]:
 def draw(rows: Mapping[str, Row], folder: Path) -> None:
     """The pictures of the contests."""
     from secateur.report.contest import picture
-    from secateur.train.versus import Trained
 
-    for key in [k for k in rows if k.startswith("versus:")]:
-        kind = key.partition(":")[2]
-        text = picture({kind: [Trained(**r) for r in rows[key]["rows"]]})
-        (folder / f"training_{kind}.svg").write_text(text, encoding="utf-8")
+    for kind, networks in contests(rows).items():
+        (folder / f"training_{kind}.svg").write_text(picture({kind: networks}), encoding="utf-8")
 
 
 def main() -> None:
@@ -268,7 +278,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--factor", type=float, help="LeNets: how many times fewer parameters")
     parser.add_argument("--holdout", action="store_true", help="LeNets: judge by training images held out")
-    parser.add_argument("--blocks", type=int, default=8000, help="blocks of text of the contests")
+    parser.add_argument("--blocks", type=int, default=3000, help="blocks of text of the contests")
     parser.add_argument("--epochs", type=int, help="of the contests")
     parser.add_argument("--steps", type=int, default=200, help="of MiniLM")
     options = parser.parse_args()
