@@ -1,6 +1,6 @@
 """Deep Compression: how small networks become on disk, at what accuracy, and how fast the coder is.
 
-LeNet-300-100 and LeNet-5 on MNIST are trained here, pruned in steps, their weights shared and the shared values trained;
+LeNet-300-100 and LeNet-5 on MNIST are trained and pruned here, their weights shared and the shared values trained;
 EfficientNet-Lite0 and MiniLM are compressed without training, on calibration data only. The size is that of the whole packed
 file, the factor that of all parameters and buffers in float32 to it. Nothing is chosen by test data: the last weights count.
 Each row is kept in a JSON file as soon as it is known, and not computed again.
@@ -13,7 +13,6 @@ Each row is kept in a JSON file as soon as it is known, and not computed again.
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import random
 import resource
@@ -51,69 +50,35 @@ def outcome(found: Any, dense: float, pruned: float | None, final: float, began:
     }  # fmt: skip
 
 
-def mnist(network: str, seed: int) -> tuple[Any, Any, Callable[[Any], float]]:
-    """The untrained network, training batches, and the error on the test images in percent."""
-    from secateur.data import accuracy, load_data
-    from secateur.models import load_model
-
-    loaded = load_model(f"{ROOT / 'examples' / 'lenet.py'}:{network}?seed={seed}")
-    train = load_data(f"npz:{asset('mnist.npz')}?split=train", loaded=loaded, batch_size=200)
-    measure = accuracy(list(load_data(f"npz:{asset('mnist.npz')}?split=test", loaded=loaded, batch_size=1000)), topk=(1,))
-    return loaded.model, train, lambda model: 100 * (1 - measure(model)["accuracy"])
-
-
 def lenet_300_100(seed: int, options: argparse.Namespace) -> Row:
-    """Magnitude over all layers to 2.2% in 8 steps, distilled from the dense network; 3 bits, trained."""
-    import secateur as sc
-    from secateur.train.distill import Distillation
-
-    began = time.process_time()
-    model, train, error = mnist("lenet_300_100", seed)
-    sc.finetune(model, train, epochs=options.epochs or 12, lr=2e-3, weight_decay=0.1, seed=seed)
-    dense = error(model)
-    teacher = Distillation(copy.deepcopy(model), logits=1.0, task=0.3, temperature=4.0)
-    result = sc.prune(
-        model, sparsity=0.978, allocation="global", schedule="exponential", steps=8, train=train, loss=teacher, seed=seed,
-        finetune={"epochs": options.epochs or 2, "lr": 2e-3, "weight_decay": 0.02},
-    )  # fmt: skip
-    sc.finetune(result.model, train, masks=result.masks, epochs=options.epochs or 12, lr=3e-3, loss=teacher, seed=seed)
-    pruned = error(result.model)
-    settings = {"epochs": options.epochs or 4, "lr": 1e-3}
-    found = sc.compress(result.model, bits=3, vector_bits=3, train=train, loss=teacher, finetune=settings, seed=seed)
-    return outcome(found, dense, pruned, error(found.model), began)
+    """A 42nd of the weights, as benchmarks/training.py prunes; 3 bits, their values trained."""
+    return lenet("lenet_300_100", seed, options.factor or 42.0, options)
 
 
 def lenet_5(seed: int, options: argparse.Namespace) -> Row:
-    """Channels and neurons cut first, for a small network; then single weights, distilled; 2 to 3 bits, trained."""
+    """Channels and neurons cut first, then single weights, a 230th in all; 3 bits, their values trained."""
+    return lenet("lenet_5", seed, options.factor or 230.0, options)
+
+
+def lenet(name: str, seed: int, factor: float, options: argparse.Namespace) -> Row:
+    """A LeNet pruned while it trains, shared, and the shared values trained: learning from labels and the dense network."""
+    import training
+
     import secateur as sc
     from secateur.train.distill import Distillation
 
     began = time.process_time()
-    model, train, error = mnist("lenet_5", seed)
-    sc.finetune(model, train, epochs=options.epochs or 5, lr=2e-3, weight_decay=0.05, seed=seed)
-    dense = error(model)
-    teacher = Distillation(copy.deepcopy(model), logits=1.0, task=0.3, temperature=4.0)
-    example = next(iter(train))[0][:2]
-    small = model
-    for sparsity in (0.5, 0.5):
-        cut = sc.prune(small, pattern="channel", sparsity=sparsity, allocation="uniform", example=example)
-        small = cut.model
-        sc.finetune(small, train, epochs=options.epochs or 2, lr=2e-3, loss=teacher, seed=seed)
-    total = sum(p.numel() for n, p in small.named_parameters() if n.endswith("weight"))
-    result = sc.prune(
-        small, sparsity=1 - 2400 / total, allocation="global", schedule="exponential", steps=5, train=train, loss=teacher,
-        seed=seed, finetune={"epochs": options.epochs or 2, "lr": 2e-3},
+    data, dense, _, small = training.lenet(name, seed, factor, options.holdout)
+    found = sc.compress(
+        small, bits=options.bits or 3, vector_bits=3, train=data.batches(seed), seed=seed,
+        loss=Distillation(dense, logits=0.5, task=0.5, temperature=2.0), finetune={"epochs": options.epochs or 5, "lr": 1e-3},
     )  # fmt: skip
-    sc.finetune(result.model, train, masks=result.masks, epochs=options.epochs or 12, lr=3e-3, loss=teacher, seed=seed)
-    pruned = error(result.model)
-    settings = {"epochs": options.epochs or 4, "lr": 1e-3}
-    found = sc.compress(result.model, bits=3, vector_bits=3, train=train, loss=teacher, finetune=settings, seed=seed)
-    row = outcome(found, dense, pruned, error(found.model), began)
-    return {**row, "before": sum(t.numel() * t.element_size() for t in model.state_dict().values())}
+    row = outcome(found, data.error(dense), data.error(small), data.error(found.model), began)
+    return {**row, "before": sum(t.numel() * t.element_size() for t in dense.state_dict().values())}
 
 
 def efficientnet(normalise: str, options: argparse.Namespace) -> Row:
-    """Whole numbers with rounding errors made up for, BatchNorms folded and re-estimated; every twelfth image calibrates."""
+    """Whole numbers in steps chosen by the network's output, rounding errors made up for; every twelfth image calibrates."""
     import secateur as sc
     from secateur.data import accuracy, load_data
     from secateur.models import load_model
@@ -123,8 +88,7 @@ def efficientnet(normalise: str, options: argparse.Namespace) -> Row:
     images = f"npz:{asset('imagenet_sample_1000.npz')}"
     data = list(load_data(f"{images}[0::12]", loaded=loaded, batch_size=21))
     measure = accuracy(list(load_data(f"{images}[1::2]", loaded=loaded, batch_size=25)), topk=(1,))
-    bits = {"*depthwise*": 7.0, "*stem*": 7.0, "*": options.bits or 3.8}
-    settings = {"scheme": "entropy", "bits": bits, "data": data, "fold_norms": True}
+    settings = {"scheme": "entropy", "budget": options.budget, "data": data, "fold_norms": True}
     found = sc.compress(loaded.model, reestimate_norms=options.reestimate, **settings)
     dense, final = (100 * measure(m)["accuracy"] for m in (loaded.model, found.model))
     return outcome(found, dense, None, final, began)
@@ -381,6 +345,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--epochs", type=int, help="1 makes a quick trial of the LeNets")
     parser.add_argument("--bits", type=float, help="instead of the bits that most weights get")
+    parser.add_argument("--factor", type=float, help="LeNets: how many times fewer parameters before they are shared")
+    parser.add_argument("--holdout", action="store_true", help="LeNets: judge by training images held out")
+    parser.add_argument("--budget", type=int, default=2_270_000, help="EfficientNet: bytes of its weights")
     parser.add_argument("--reestimate", action="store_true", help="EfficientNet: re-estimate BatchNorm statistics")
     options = parser.parse_args()
     import torch

@@ -43,6 +43,11 @@ class Images:
             wrong = sum(int((model(x).argmax(1) != y).sum()) for x, y in parts)
         return 100 * wrong / len(self.y_test)
 
+    def batches(self, seed: int) -> list[tuple[Tensor, Tensor]]:
+        """All images to train on, in one order drawn from `seed`."""
+        order = torch.randperm(len(self.x), generator=torch.Generator().manual_seed(seed))
+        return [(self.x[i], self.y[i]) for i in order.split(BATCH)]
+
 
 @cache
 def images(holdout: bool = False) -> Images:
@@ -50,7 +55,7 @@ def images(holdout: bool = False) -> Images:
     import numpy as np
 
     found = np.load(asset("mnist.npz"))
-    x, y, x_test, y_test = (torch.from_numpy(found[n]) for n in ("x_train", "y_train", "x_test", "y_test"))
+    x, y, x_test, y_test = (torch.from_numpy(found[n]) for n in ("train_x", "train_y", "test_x", "test_y"))
     x, x_test = ((t.float().view(-1, 1, 28, 28) / 255 - 0.1307) / 0.3081 for t in (x, x_test))
     y, y_test = y.long(), y_test.long()
     if not holdout:

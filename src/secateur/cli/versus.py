@@ -72,7 +72,7 @@ def command(
             raise DataError("networks are compared by their quality: give --test (batches) or --evaluate (your own measure)")
         rows = versus(
             make, size, inputs.train, inputs.evaluate, sparsities=numbers(sparsity, "--sparsity"), epochs=epochs, lr=lr,
-            step=step, seeds=seeds, recipe={k: v for k, v in named.items() if v is not None},
+            step=step, seeds=range(seeds), recipe={k: v for k, v in named.items() if v is not None},
         )  # fmt: skip
     picture = draw(rows, to, title=inputs.loaded.name)
     if json:

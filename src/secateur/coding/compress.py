@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from secateur.coding import budget as knapsack
 from secateur.coding import packed
-from secateur.coding.integers import quantised
+from secateur.coding.importance import coarseness, output_importance
+from secateur.coding.integers import effective_bits, quantised
 from secateur.coding.kmeans import INITS, Init
 from secateur.coding.norms import fold_norm
 from secateur.coding.norms import fold_norms as fold
@@ -43,6 +44,8 @@ CHOICES: Mapping[Scheme, tuple[float, ...]] = {
     "integer": (3, 3.5, 4, 4.5, 5, 5.5, 6, 7, 8),
     "entropy": (2, 2.5, 3, 3.5, 4, 4.5, 5, 6, 7),
 }
+_HALVINGS = 16  # of the range in which the common factor of all steps is looked for: to a 500th of a bit
+_TRIALS, _MARGIN = 4, 0.998  # to meet a budget with rounding errors made up for
 
 
 @dataclass(frozen=True)
@@ -110,7 +113,8 @@ def compress(
         out: directory for the artifact; `sc.load` reads it back. None: only the size is found out.
         bits: of each weight, 5 by default: one number, or numbers by layer name or shell pattern, the first that matches.
         budget: instead, bytes for all weights together: bits are chosen layer by layer so that the sum of relative errors is
-            least, by dynamic programming.
+            least, by dynamic programming. For scheme "entropy" with `data`, in networks of linear and convolution layers,
+            the steps of every single output are, so that the network's own output changes least.
         scheme: "kmeans": each layer has a codebook of 2^bits values (Deep Compression). "integer": whole numbers times a scale
             for each output, which exporters can keep; with `data`, rounding errors are made up for layer by layer (GPTQ).
             "entropy": the same without a largest number, where `bits` is what a weight takes after coding: the smallest.
@@ -192,10 +196,52 @@ class _Work:
         self.errors: dict[str, float] = {}
         self.coded: dict[str, Coded] = {}
 
-    def run(self, bits: Mapping[str, float]) -> None:
+    def run(self, bits: Mapping[str, float | Tensor]) -> None:
         """Give every weight its bits: those whose inputs are known first, in the order of the model, then the others."""
         for name, gram in self._in_turn("coding"):
             self._give(name, bits[name], gram)
+
+    @torch.no_grad()
+    def steps(self, budget: int) -> dict[str, float | Tensor] | None:
+        """Steps of every output that cost the network's output least within the budget; None where that is not known."""
+        layers = {name: layer for name, layer in self._layers.items() if not layer.swap}
+        if self._scheme != "entropy" or self.batches is None or layers.keys() != self.weights.keys():
+            return None
+        importance = output_importance(self.model, layers, self.batches, seed=self._seed)
+        if importance.keys() != layers.keys():
+            return None
+        base: dict[str, Tensor] = {}
+        for name, gram in self._in_turn("weighing outputs"):
+            assert gram is not None
+            base[name] = coarseness(self.weights[name], gram, importance[name], name)
+        target = float(budget)
+        for _ in range(_TRIALS):
+            factor, made_up = self._factor(base, target), 0
+            for name, gram in self._in_turn("rounding on trial"):
+                values, coded = self._coded(name, base[name] * factor, gram)
+                made_up += len(encode(values, coded)[0])
+            if made_up <= budget:
+                break
+            target *= _MARGIN * budget / made_up  # errors that are made up for spread the codes a little
+        return {name: steps * factor for name, steps in base.items()}
+
+    def _factor(self, base: Mapping[str, Tensor], budget: float) -> float:
+        """The common factor of all steps at which the weights, each rounded by itself, take the budget."""
+        low, high = -60.0, 60.0  # log2
+        for _ in range(_HALVINGS):
+            middle = (low + high) / 2
+            low, high = (low, middle) if self._bytes(base, 2.0**middle) <= budget else (middle, high)
+        if (least := self._bytes(base, 2.0**high)) > budget:
+            raise RecipeError(f"{budget:.0f} bytes are too few: the coarsest steps need {least}")
+        return 2.0**high
+
+    def _bytes(self, base: Mapping[str, Tensor], factor: float) -> int:
+        """What all weights take, rounded to these steps."""
+        total = 0
+        for name, steps in base.items():
+            values, coded = self._coded(name, steps * factor, None)
+            total += len(encode(values, coded)[0])
+        return total
 
     def fold_again(self, pairs: Sequence[tuple[nn.Module, nn.Module]]) -> None:
         """Statistics estimated anew go where the old ones went: into scales, which leaves the codes as they are."""
@@ -226,17 +272,18 @@ class _Work:
         for name in track([n for n in self.weights if n not in done], doing):
             yield name, None
 
-    def _give(self, name: str, bits: float, gram: Tensor | None) -> None:
+    def _give(self, name: str, bits: float | Tensor, gram: Tensor | None) -> None:
         weight = self.weights[name]
         values, coded = self._coded(name, bits, gram)
-        self.bits[name], self.errors[name] = bits, self._error(name, weight, values, gram)
+        self.bits[name] = effective_bits(weight, bits) if isinstance(bits, Tensor) else bits
+        self.errors[name] = self._error(name, weight, values, gram)
         if coded is not None:
             self.coded[name] = coded
         weight.data.copy_(values)
 
-    def _coded(self, name: str, bits: float, gram: Tensor | None) -> tuple[Tensor, Coded | None]:
+    def _coded(self, name: str, bits: float | Tensor, gram: Tensor | None) -> tuple[Tensor, Coded | None]:
         weight = self.weights[name].detach()
-        if self._scheme == "kmeans":
+        if not isinstance(bits, Tensor) and self._scheme == "kmeans":
             return shared(weight, bits, self._init, self._seed), None
         layer = self._layers.get(name)
         if layer is None or gram is None or layer.swap:
@@ -257,14 +304,16 @@ def _has_gram(layer: Layer) -> bool:
     return isinstance(layer.module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)) or layer.swap
 
 
-def _bits(work: _Work, bits: float | Mapping[str, float] | None, budget: int | None) -> dict[str, float]:
-    """Bits by weight, as given or as a budget wants them."""
+def _bits(work: _Work, bits: float | Mapping[str, float] | None, budget: int | None) -> dict[str, float | Tensor]:
+    """Bits by weight, as given or as a budget wants them; steps of its outputs where those can be chosen."""
     if budget is not None:
+        if (steps := work.steps(budget)) is not None:
+            return steps
         choices = CHOICES[work._scheme]
         picked = knapsack.choose(work.options(choices), budget)
         return {name: choices[index] for name, index in picked.items()}
     table = bits if isinstance(bits, Mapping) else {"*": 5 if bits is None else bits}
-    found = {}
+    found: dict[str, float | Tensor] = {}
     for name in work.weights:
         chosen = next((value for pattern, value in table.items() if matches(pattern, name)), None)
         if chosen is None:

@@ -33,20 +33,26 @@ def largest(bits: float) -> int:
 
 
 @torch.no_grad()
-def quantised(weight: Tensor, bits: float, *, gram: Tensor | None = None, name: str = "weight", clipped: bool = True) -> Coded:
+def quantised(
+    weight: Tensor, bits: float | Tensor, *, gram: Tensor | None = None, name: str = "weight", clipped: bool = True
+) -> Coded:
     """``weight [out, ...]`` as codes of `bits` with a scale for each output, exact zeros as 0.
 
     With `clipped`, codes go up to `largest` of `bits`. Without, `bits` is the entropy that the codes of kept weights would have
-    if they were normal. `gram` ``[groups, d, d]`` is that of the inputs, as `LayerStats.gram`; `name` is for messages.
+    if they were normal. A tensor gives the scales themselves, ``[out]``. `gram` ``[groups, d, d]`` is that of the inputs, as
+    `LayerStats.gram`; `name` is for messages.
 
     >>> coded = quantised(torch.tensor([[0.0, 1.0, -0.5, 0.25]]), 8)
     >>> coded.codes.tolist(), coded.values().dtype
     ([[0, 127, -64, 32]], torch.float32)
     """
-    half = largest(bits) if clipped else _LARGEST
+    half = largest(bits) if clipped and not isinstance(bits, Tensor) else _LARGEST
     grouped = by_group(weight, gram) if gram is not None else weight.detach().float().reshape(1, weight.shape[0], -1)
     weights = None if gram is None else gram.diagonal(dim1=1, dim2=2)[:, None].float()
-    scales = _scales(grouped, half, weights) if clipped else _steps(grouped, bits)
+    if isinstance(bits, Tensor):
+        scales = _halved(torch.maximum(bits.to(grouped).reshape(grouped.shape[:2]), grouped.abs().amax(2) / _LARGEST))
+    else:
+        scales = _scales(grouped, half, weights) if clipped else _steps(grouped, bits)
     if gram is None or grouped.shape[2] == 1:
         codes = (grouped / scales[..., None]).round_().clamp_(-half, half)
     else:
@@ -84,9 +90,7 @@ def _halved(scale: Tensor) -> Tensor:
 
 def _swept(weight: Tensor, scales: Tensor, half: int, gram: Tensor, name: str) -> Tensor:
     """Round column after column, the ones with the largest inputs first, and let those to come make up for each error."""
-    order = gram.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True)
-    sorted_gram = gram.gather(1, order[:, :, None].expand_as(gram)).gather(2, order[:, None].expand_as(gram))
-    root = reverse_cholesky(sorted_gram, _DAMP, name).lower
+    root, order = sorted_root(gram, name)
     identity = torch.eye(root.shape[1], dtype=root.dtype).expand_as(root)
     upper = torch.linalg.solve_triangular(root, identity, upper=True).float()
     places = order[:, None].expand_as(weight)
@@ -104,3 +108,18 @@ def _swept(weight: Tensor, scales: Tensor, half: int, gram: Tensor, name: str) -
             current[:, j:stop].baddbmm_(upper[:, j, j:stop, None], error[:, None], alpha=-1)
         current[:, stop:].baddbmm_(upper[:, start:stop, stop:].transpose(1, 2), errors, alpha=-1)
     return torch.empty_like(weight).scatter_(2, places, codes.transpose(1, 2))
+
+
+def sorted_root(gram: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    """The triangular factor of the damped Gram matrix, inputs sorted from the largest on, and that order ``[groups, d]``."""
+    order = gram.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True)
+    matrix = gram.gather(1, order[:, :, None].expand_as(gram)).gather(2, order[:, None].expand_as(gram))
+    return reverse_cholesky(matrix, _DAMP, name).lower, order
+
+
+def effective_bits(weight: Tensor, scales: Tensor) -> float:
+    """The entropy that whole numbers times `scales` would have on average, if each output's kept weights were normal."""
+    rows = weight.detach().float().reshape(len(scales), -1)
+    size = (rows.square().sum(1) / rows.count_nonzero(1).clamp(min=1)).sqrt()
+    used = size > 0
+    return float((_NORMAL + (size[used] / scales.to(size)[used]).log2()).clamp_min(0).mean()) if bool(used.any()) else 0.0

@@ -49,7 +49,7 @@ def versus(
     lr: float = 2e-3,
     clip: float | None = 1.0,
     step: int = 1,
-    seeds: int = 1,
+    seeds: Sequence[int] = (0,),
     loss: Loss | None = None,
     recipe: Recipe | Mapping[str, Any] | None = None,
 ) -> list[Trained]:
@@ -68,7 +68,7 @@ def versus(
         sparsities: of the large network, over the weights that can be pruned.
         epochs, lr, clip: of every training; `clip` is the largest norm of all gradients together.
         step: sizes of small networks are multiples of it.
-        seeds: trainings of each, from seed 0: of the first weights, and of the order.
+        seeds: one training of each network for each: of the first weights, and of the order.
         loss: of the training; the model's own by default.
         recipe: keys of `gradual`, such as ``{"allocation": "erk", "regrow": "splice"}``.
 
@@ -84,16 +84,16 @@ def versus(
     """
     if not sparsities or min(map(check_sparsity, sparsities)) == 0.0:
         raise RecipeError(f"give the sparsities of the large network, each above 0; got {list(sparsities)}")
-    if min(epochs, seeds, step, size) < 1:
-        raise RecipeError(f"epochs, seeds, step and size count from 1; got {epochs}, {seeds}, {step} and {size}")
+    if min(epochs, step, size) < 1:
+        raise RecipeError(f"epochs, step and size count from 1; got {epochs}, {step} and {size}")
     with torch.random.fork_rng():
         smaller = {s: _small(make, size, s, step) for s in sparsities}
     plan = [(size, 0.0)] + [pair for s in sparsities for pair in ((size, s), (smaller[s], 0.0))]
     training = _Training(Batches(batches), epochs, lr, clip, loss or default_loss, dict(recipe or {}))
     done: list[Trained] = []
-    for seed in range(seeds):
+    for seed in seeds:
         for at, sparsity in plan:
-            advance("networks", len(done), seeds * len(plan), f"size {at}, sparsity {sparsity:g}")
+            advance("networks", len(done), len(seeds) * len(plan), f"size {at}, sparsity {sparsity:g}")
             with torch.random.fork_rng():
                 seed_everything(mixed(seed, "first weights"))
                 model = make(at)

@@ -1,0 +1,304 @@
+"""Networks pruned while they train, beside published figures and beside networks trained alike without pruning.
+
+LeNet-300-100 and LeNet-5 on MNIST (mnist_nets.py), a large sparse language model of characters against a small dense one
+(`secateur.train.versus`), and MiniLM: 80% of its weights removed step by step, and half of its feed-forward neurons and heads
+by HomoDistil, taught by itself without labels. Each row is kept in the JSON file as soon as it is known.
+
+    python benchmarks/training.py rows.json --rows lenet_300_100:0,lenet_5:0,versus:lstm:0,minilm:gradual,minilm:homodistil
+    python benchmarks/training.py rows.json --out docs/benchmarks/training.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from conditions import ROOT, asset, conditions, table
+
+sys.path.insert(0, str(ROOT / "examples"))
+Row = dict[str, Any]
+#: What is to be beaten, the goal, and how the network is pruned: keys of mnist_nets.pruned.
+LENETS: Mapping[str, tuple[str, str]] = {
+    "lenet_300_100": ("56x at 1.99% (DNS), 68x at 1.92% (variational dropout)", "80x at 1.8%"),
+    "lenet_5": ("108x at .91% (DNS), 280x at .75% (variational dropout)", "300x at .85%"),
+}
+LENET_300_100 = {"epochs": 40, "lr": 3e-3, "share": 0.5, "temperature": 2.0, "end": 0.5, "allocation": "global"}
+LENET_5 = {"epochs": 15, "lr": 3e-3, "share": 0.5, "temperature": 2.0, "end": 0.6, "allocation": "global", "strength": 0.3}
+
+
+def lenet(name: str, seed: int, factor: float, holdout: bool) -> tuple[Any, Any, Any, Any]:
+    """The images, the dense network, and the one with a `factor`-th of its parameters; for LeNet-5 units were cut first."""
+    import mnist_nets as nets
+
+    data = nets.images(holdout)
+    small = name == "lenet_300_100"
+    dense = nets.dense(name, seed, data, 12 if small else 3, 0.7 if small else 0.4)
+    start = dense if small else nets.halved(dense, data, dense, rounds=2, epochs=2, seed=seed)
+    total, biases = sum(p.numel() for p in dense.parameters()), 250 if small else 60
+    settings = LENET_300_100 if small else LENET_5
+    pruned = nets.pruned(start, dense, data, int(total / factor) - biases, seed=seed, **settings)
+    return data, dense, start, pruned
+
+
+def _lenet(name: str, seed: str, options: argparse.Namespace) -> Row:
+    import mnist_nets as nets
+
+    began, factor = time.process_time(), options.factor or float(LENETS[name][1].split("x")[0])
+    data, dense, _, pruned = lenet(name, int(seed), factor, options.holdout)
+    total = sum(p.numel() for p in dense.parameters())
+    return {
+        "dense": data.error(dense), "error": data.error(pruned), "nonzeros": nets.nonzeros(pruned), "total": total,
+        "factor": total / nets.nonzeros(pruned), "seconds": time.process_time() - began,
+    }  # fmt: skip
+
+
+def versus(detail: str, options: argparse.Namespace) -> Row:
+    """A language model of characters: WikiText-2's validation text to train on, its test text to judge."""
+    import characters
+
+    from secateur.data import load_data, perplexity
+    from secateur.train.versus import versus as contest
+
+    began = time.process_time()
+    kind, _, seed = detail.partition(":")
+    width, make, step = {"lstm": (128, characters.lstm, 1), "transformer": (48, characters.transformer, 4)}[kind]
+    loaded, text = make(width), asset("wikitext2")
+    train = load_data(f"text:{text / 'valid.txt'}?seqlen=64", loaded=loaded, batch_size=32, limit=options.blocks)
+    test = load_data(f"text:{text / 'test.txt'}?seqlen=64", loaded=loaded, batch_size=64, limit=1000)
+    rows = contest(
+        lambda at: make(at).model, width, train, perplexity(list(test)), sparsities=[0.8, 0.9], epochs=options.epochs or 1,
+        lr=5e-3, step=step, seeds=[int(seed or 0)],
+    )  # fmt: skip
+    return {"rows": [asdict(r) for r in rows], "seconds": time.process_time() - began, "blocks": train.size}
+
+
+def sentences(tokenizer: Any, count: int, size: int) -> list[dict[str, Any]]:
+    """Batches of sentences without labels: SST-2's training sentences and lines of WikiText-2, in an order from seed 0."""
+    import random
+
+    sst = [line.split("\t")[0] for line in (asset("sst2") / "train.tsv").read_text(encoding="utf-8").splitlines()[1:]]
+    wiki = [line.strip() for line in (asset("wikitext2") / "valid.txt").read_text(encoding="utf-8").split("\n")]
+    wiki = [part.strip() for line in wiki for part in line.split(" . ") if 5 <= len(part.split()) <= 30]
+    lines = [line for line in sst if len(line.split()) >= 5]
+    draw = random.Random(0)
+    draw.shuffle(lines)
+    draw.shuffle(wiki)
+    chosen = [x for pair in zip(lines, wiki, strict=False) for x in pair][: count * size]
+    settings = {"padding": True, "truncation": True, "max_length": 40, "return_tensors": "pt"}
+    return [dict(tokenizer(chosen[i : i + size], **settings)) for i in range(0, count * size, size)]
+
+
+def probe(model: Any, tokenizer: Any) -> float:
+    """Accuracy on SST-2's development sentences of a logistic regression on 3000 training sentences' vectors, in percent."""
+    import stsb
+    import torch
+    from sklearn.linear_model import LogisticRegression
+
+    def read(name: str, count: int) -> tuple[list[str], list[int]]:
+        rows = [line.split("\t") for line in (asset("sst2") / name).read_text(encoding="utf-8").splitlines()[1:]]
+        return [r[0] for r in rows][-count:], [int(r[1]) for r in rows][-count:]
+
+    with torch.no_grad():
+        model.eval()
+        (x, y), (x_test, y_test) = (
+            (stsb.embed(model, texts).numpy(), labels) for texts, labels in (read("train.tsv", 3000), read("dev.tsv", 872))
+        )
+    return 100 * float(LogisticRegression(C=10.0, max_iter=2000).fit(x, y).score(x_test, y_test))
+
+
+def minilm(kind: str, options: argparse.Namespace) -> Row:
+    """`gradual`: 80% of the weights; `homodistil`: half of neurons and heads as it goes; `at-once`: the same first."""
+    import minilm as example
+    import stsb
+
+    import secateur as sc
+    from secateur.train.distill import Distillation
+
+    began, steps = time.process_time(), options.steps
+    teacher = example.make().model
+    batches = sentences(stsb.tokenizer(), steps, 32)
+    student = copy.deepcopy(teacher)
+    units = {"pattern": "ffn_head", "sparsity": 0.5, "allocation": "uniform", "ignore": ["pooler*"], "example": batches[0]}
+    pruning: Mapping[str, Any] = {"criterion": "taylor", **units}
+    if kind == "at-once":
+        few = Distillation(teacher, output=1.0, hidden=1.0)
+        student = sc.prune(student, criterion="taylor", data=batches[:8], loss=few, **units).model
+        pruning = {}
+    elif kind == "gradual":
+        pruning = {"sparsity": 0.8, "allocation": "uniform", "ignore": ["pooler*"]}
+    small = taught(student, teacher, batches, pruning)
+    return {
+        "spearman": stsb.spearman(small)["spearman"], "probe": probe(small, stsb.tokenizer()), "steps": steps,
+        "nonzeros": sum(int(p.count_nonzero()) for p in small.parameters()),
+        "total": sum(p.numel() for p in teacher.parameters()), "seconds": time.process_time() - began,
+    }  # fmt: skip
+
+
+def taught(student: Any, teacher: Any, batches: list[Any], pruning: Mapping[str, Any], lr: float = 4e-4) -> Any:
+    """Learn the teacher's outputs, hidden states and attention, one batch a step; pruned along a cubic up to 60%."""
+    import torch
+
+    import secateur as sc
+    from secateur.train.distill import Distillation
+    from secateur.train.loop import Rate
+
+    loss, rate, total = Distillation(teacher, output=1.0, hidden=1.0), Rate(lr, 0.1, len(batches)), len(batches)
+    optimizer = torch.optim.AdamW(student.named_parameters(), lr=lr, weight_decay=0.0)
+    units = pruning.get("pattern") == "ffn_head"
+    schedule = {"begin": 2, "end": int(0.6 * total), "every": 4}
+    with sc.gradual(student.train(), optimizer, **schedule, **pruning) if pruning else nullcontext() as pruner:
+        for step, batch in enumerate(batches):
+            for group in optimizer.param_groups:
+                group["lr"] = rate(step)
+            optimizer.zero_grad()
+            loss(student, batch).backward()
+            optimizer.step()
+            if pruner is not None:
+                pruner.step()
+        return pruner.cut()[0].eval() if units else student.eval()
+
+
+MAKERS: dict[str, Callable[[str, argparse.Namespace], Row]] = {
+    **{name: lambda seed, options, name=name: _lenet(name, seed, options) for name in LENETS},  # type: ignore[misc]
+    "versus": versus,
+    "minilm": minilm,
+}
+
+
+def lenet_lines(rows: Mapping[str, Row]) -> Iterator[list[str]]:
+    """A line for each network: means over the seeds that were run, least and most."""
+    for name, (beside, goal) in LENETS.items():
+        found = [row for key, row in rows.items() if key.startswith(f"{name}:")]
+        if found:
+            errors = [r["error"] for r in found]
+            spread = f" ({min(errors):.2f} to {max(errors):.2f})" if len(found) > 1 else ""
+            yield [
+                name, str(len(found)), f"{statistics.fmean(r['dense'] for r in found):.2f}",
+                f"{statistics.fmean(r['factor'] for r in found):.1f}x ({found[0]['nonzeros']:,} of {found[0]['total']:,})",
+                f"{statistics.fmean(errors):.2f}{spread}", goal, beside,
+                f"{statistics.fmean(r['seconds'] for r in found):.0f} s",
+            ]  # fmt: skip
+
+
+def page(rows: Mapping[str, Row]) -> list[str]:
+    lines = ["# Pruning while training", ""]
+    if lines_found := list(lenet_lines(rows)):
+        head = ["network", "seeds", "dense error", "smaller by", "error", "goal", "published", "CPU time a seed"]
+        lines += [
+            "## LeNets on MNIST", "", "Errors in percent on the 10,000 test images, of the last weights. All parameters are",
+            "counted against all that are not zero, biases too.", "", *table(head, lines_found), "", LENET_TEXT, "",
+        ]  # fmt: skip
+    for kind, networks in contests(rows).items():
+        lines += versus_lines(kind, networks, [r for k, r in rows.items() if k.startswith(f"versus:{kind}:")])
+    if found := {k.partition(":")[2]: row for k, row in rows.items() if k.startswith("minilm:")}:
+        head = ["MiniLM", "Spearman, STS-B", "SST-2 probe", "nonzeros", "steps", "CPU time"]
+        body = [
+            [
+                MINILM.get(kind, kind), f"{r['spearman']:.4f}", f"{r['probe']:.1f}", f"{r['nonzeros'] / 1e6:.2f} M",
+                str(r["steps"]), f"{r['seconds']:.0f} s",
+            ]
+            for kind, r in found.items()
+        ]  # fmt: skip
+        lines += ["## MiniLM taught by itself", "", *table(head, body), "", MINILM_TEXT, ""]
+    return [*lines, *(f"- {key}: {row['conditions']}" for key, row in rows.items())]
+
+
+LENET_TEXT = (
+    "How: `benchmarks/mnist_nets.py`. Dense by AdamW with the images turned and shifted a little; then pruned by magnitude "
+    "along a cubic while it learns half from the labels and half from the dense network. LeNet-5 first loses half of its "
+    "channels and neurons twice (they are cut out), which makes the long part cheap. Settings were compared on 10,000 "
+    "training images held out."
+)
+MINILM = {
+    "gradual": "80% of the weights, gradually",
+    "homodistil": "half of feed-forward and heads, gradually (HomoDistil)",
+    "at-once": "the same units' number cut at the start, then taught alike",
+}
+MINILM_TEXT = (
+    "The teacher is the dense model (Spearman .8205); the loss asks for its outputs and its hidden states after each block, "
+    "on sentences of SST-2's training set and WikiText-2 without labels; no STS-B sentence is trained on. Batches of 32. The "
+    "probe is a logistic regression on 3000 training sentences, judged on the 872 development sentences. One-shot at 80%: "
+    "magnitude .6402, SparseGPT .7394, ALPS .7697 (calibrated.md)."
+)
+
+
+def contests(rows: Mapping[str, Row]) -> dict[str, list[Any]]:
+    """All networks of each kind, of all seeds."""
+    from secateur.train.versus import Trained
+
+    found: dict[str, list[Any]] = {}
+    for key in [k for k in rows if k.startswith("versus:")]:
+        found.setdefault(key.split(":")[1], []).extend(Trained(**r) for r in rows[key]["rows"])
+    return found
+
+
+def versus_lines(kind: str, networks: list[Any], rows: list[Row]) -> list[str]:
+    """The table of one contest, and its picture."""
+    from secateur.report.contest import means
+
+    head = ["network", "nonzeros", "perplexity of a character, mean", "over seeds"]
+    body = [
+        [
+            f"width {r.size}, " + (f"{r.sparsity:.0%} pruned" if r.sparsity else "dense"), f"{r.nonzeros:,}",
+            f"{statistics.fmean(values):.2f}", f"{min(values):.2f} to {max(values):.2f}",
+        ]
+        for r, values in means(networks)
+    ]  # fmt: skip
+    return [
+        f"## {kind}: large and sparse, or small and dense", "", *table(head, body), "",
+        f"Trained alike on {rows[0]['blocks']:,} blocks of 64 characters of WikiText-2's validation text, once through; judged "
+        f"on 1000 blocks of its test text. {len(rows)} seed(s), {statistics.fmean(r['seconds'] for r in rows):.0f} s of CPU "
+        "time each.", "",
+        f"![Perplexity over nonzeros](training_{kind}.svg)", "",
+    ]  # fmt: skip
+
+
+def draw(rows: Mapping[str, Row], folder: Path) -> None:
+    """The pictures of the contests."""
+    from secateur.report.contest import picture
+
+    for kind, networks in contests(rows).items():
+        (folder / f"training_{kind}.svg").write_text(picture({kind: networks}), encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cache", type=Path, help="JSON file of the rows measured so far")
+    parser.add_argument("--rows", default="", help=f"what to measure: {', '.join(MAKERS)}, with :seed or :kind")
+    parser.add_argument("--out", type=Path, help="write the page there")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--factor", type=float, help="LeNets: how many times fewer parameters")
+    parser.add_argument("--holdout", action="store_true", help="LeNets: judge by training images held out")
+    parser.add_argument("--blocks", type=int, default=3000, help="blocks of text of the contests")
+    parser.add_argument("--epochs", type=int, help="of the contests")
+    parser.add_argument("--steps", type=int, default=200, help="of MiniLM")
+    options = parser.parse_args()
+    import torch
+
+    torch.set_num_threads(options.threads)
+    rows = json.loads(options.cache.read_text()) if options.cache.exists() else {}
+    for key in filter(None, options.rows.split(",")):
+        if key not in rows:
+            name, _, detail = key.partition(":")
+            row = MAKERS[name](detail or "0", options)
+            rows[key] = {**row, "conditions": conditions(options.threads, "seed as named, else 0", row["seconds"])}
+            options.cache.write_text(json.dumps(rows, indent=1))
+        print(key, {k: v for k, v in rows[key].items() if k not in ("rows", "conditions")}, flush=True)
+    text = "\n".join(page(rows)) + "\n"
+    print(text)
+    if options.out:
+        options.out.write_text(text, encoding="utf-8")
+        draw(rows, options.out.parent)
+
+
+if __name__ == "__main__":
+    main()
