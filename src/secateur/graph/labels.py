@@ -45,6 +45,7 @@ class Labels:
         self.count = 1
         self.splits: list[Split] = []
         self.frozen: list[tuple[Array, str]] = []
+        self._waiting: list[tuple[Array, Array]] = []  #: ties, drawn together when somebody asks
         self._split_memo: dict[tuple[bytes, tuple[int, ...]], list[Dim]] = {}
         self._merge_memo: dict[tuple[bytes, ...], Array] = {}
 
@@ -59,6 +60,10 @@ class Labels:
 
     def find(self, labels: Array) -> Array:
         """The representative of each label's class."""
+        if self._waiting:
+            sides = [np.concatenate(side) for side in zip(*self._waiting, strict=True)]
+            self._waiting.clear()
+            self.union(*sides)
         root = self._parent[labels]
         while True:
             above = self._parent[root]
@@ -87,7 +92,9 @@ class Labels:
             self.freeze(b, reason)
             return None
         if a is not b:
-            self.union(a, b)
+            if a.shape != b.shape:
+                raise ValueError(f"dimensions of {len(a)} and {len(b)} indices cannot be tied")
+            self._waiting.append((a, b))
         return a
 
     def freeze(self, dim: Dim, reason: str) -> None:
