@@ -65,7 +65,7 @@ def _adds_its_input(graph: Graph, call: ModuleCall) -> bool:
     """Whether a sum in the block has one of its sides straight from the block's input: a shortcut around everything else."""
     passed = {id(v) for v in call.inputs}
     for node in graph.recording.nodes[call.first : call.last]:
-        tensors = graph.coupler.tensors(node)
+        tensors = node.tensors
         if node.name == "add" and len(tensors) == 2 and any(id(t) in passed for t in tensors):
             return True
         if node.name in _PASSING and tensors and id(tensors[0]) in passed:

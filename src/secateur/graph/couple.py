@@ -58,7 +58,7 @@ class Coupler:
         for value, labels in zip(node.outputs, out, strict=True):
             assert len(labels) == value.ndim, f"the rule of {node.op} gives {len(labels)} dimensions for {value.shape}"
             value.labels = [None if n <= 1 else own for own, n in zip(labels, value.shape, strict=True)]
-        tensors = self.tensors(node)
+        tensors = node.tensors
         if tensors and all(self.is_weight(t) or t.constant is not None for t in tensors):
             self._weights.update(node.outputs)
             if all(t in self._given or t.constant is not None for t in tensors):
@@ -73,19 +73,16 @@ class Coupler:
                 value.labels = [None] * value.ndim
         return value.labels
 
-    def tensors(self, node: Node) -> list[Value]:
-        """All tensors an operation was given."""
-        if node.tensors is None:
-            node.tensors = [v for v in _leaves((node.args, node.kwargs)) if isinstance(v, Value)]
-        return node.tensors
-
     def is_weight(self, value: Value) -> bool:
         """Whether a value depends on parameters and buffers alone."""
         return value in self._weights
 
     def tie(self, a: Dim, b: Dim, node: Node, reason: str) -> Dim:
         """Two dimensions of one size, index by index."""
-        return self.labels.tie(a, b, _at(node, reason or "it meets a dimension that cannot be cut"))
+        if a is None and b is None:
+            return None
+        frozen = a is None or b is None  # only then is there something to say
+        return self.labels.tie(a, b, _at(node, reason or "it meets a dimension that cannot be cut") if frozen else "")
 
     def freeze(self, dim: Dim, node: Node, reason: str) -> None:
         """Nothing of `dim` may be removed."""
@@ -94,7 +91,7 @@ class Coupler:
 
     def freeze_all(self, node: Node, reason: str = "no part of this operation can be cut") -> None:
         """Freeze everything that touches `node`."""
-        for value in self.tensors(node):
+        for value in node.tensors:
             for dim in self.labels_of(value):
                 self.freeze(dim, node, reason)
         for value in node.outputs:

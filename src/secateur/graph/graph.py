@@ -79,13 +79,14 @@ class Graph:
         self.unknown = {op: tuple(sorted(modules)) for op, modules in coupler.unknown.items()}
         self.notes = tuple(recording.notes)
         self._leaves = _Leaves(coupler.labels)
+        self.classes = self._leaves.count  #: numbers of leaves are less than that
         self._count_pairs: dict[int, tuple[Array, Array, Array]] = {}
         self._groups_in: dict[int, tuple[Array, list[int]]] = {}
         self._classes: dict[str, Any] = {name: type(module) for name, module in model.named_modules()}
         self.links: dict[int, dict[str, tuple[str, ...]]] | None = None  #: what `links_of` found
         reasons = self._frozen()
         self.groups: list[Group] = self._find_groups(reasons)
-        self._group_of = np.full(coupler.labels.count, -1)
+        self._group_of = np.full(self.classes, -1)
         for group in self.groups:
             self._group_of[group.leaves] = group.id
         self._try_groups()
@@ -127,7 +128,7 @@ class Graph:
 
     def flags(self, units: Mapping[int, Iterable[int]]) -> NDArray[np.bool_]:
         """Flags of the leaves that go, from unit numbers by group."""
-        removed = np.zeros(self.coupler.labels.count, bool)
+        removed = np.zeros(self.classes, bool)
         for group, numbers in units.items():
             removed[self.groups[group].leaves[np.asarray(list(numbers), dtype=np.int64)]] = True
         return removed
@@ -188,14 +189,14 @@ class Graph:
         """Reasons by frozen class; a frozen product freezes its factors."""
         labels = self.coupler.labels
         reasons: dict[int, str] = {KEPT: "it meets a dimension that cannot be cut"}
-        flags = np.zeros(labels.count, bool)
+        flags = np.zeros(self.classes, bool)
         flags[KEPT] = True
         frozen = list(labels.frozen)
         for equation in self.coupler.equations:
             for side, other in ((equation.left, equation.right), (equation.right, equation.left)):
                 if other[0] == "const" and side[0] in ("count", "dim"):
                     frozen += [(own, f"its size is written as a number ({equation})") for own in counts_in(side)]
-        pending = [(labels.find(own), reason) for own, reason in frozen]
+        pending = [(self._leaves.roots[own], reason) for own, reason in frozen]
         row, factors = self._leaves.row, self._leaves.factors
         while pending:
             own, reason = pending.pop(0)
@@ -233,9 +234,9 @@ class Graph:
         n_roles = len(dims) * n_paths
         once = distinct(pairs.leaf * n_roles + role)
         weights = np.random.default_rng(0).integers(1, 2**62, n_roles).astype(np.uint64)
-        signature = np.zeros(self.coupler.labels.count, np.uint64)
+        signature = np.zeros(self.classes, np.uint64)
         np.add.at(signature, once // n_roles, weights[once % n_roles])
-        frozen = np.zeros(self.coupler.labels.count, bool)
+        frozen = np.zeros(self.classes, bool)
         frozen[list(reasons)] = True
         signature[frozen] += np.uint64(1)
         return self._assemble(pairs, role, signature, reasons)
@@ -249,8 +250,8 @@ class Graph:
         group_of_leaf = rank[inverse.reshape(-1)]
         order = np.argsort(group_of_leaf, kind="stable")
         sizes = np.bincount(group_of_leaf)
-        unit = np.empty(self.coupler.labels.count, np.int64)
-        group = np.empty(self.coupler.labels.count, np.int64)
+        unit = np.empty(self.classes, np.int64)
+        group = np.empty(self.classes, np.int64)
         unit[leaves[order]] = np.arange(len(order)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
         group[leaves] = group_of_leaf
         members = self._members(pairs, group[pairs.leaf], unit[pairs.leaf], role)
@@ -292,9 +293,10 @@ class Graph:
             shift += 1
 
     def _marks(self) -> dict[str, NDArray[np.bool_]]:
-        marks = {kind: np.zeros(self.coupler.labels.count, bool) for kind in ("head", "head_dim", "channel", "width")}
-        for own, kind in self.coupler.marks:
-            marks[kind][self._leaves.expand(own)[1]] = True
+        marks = {kind: np.zeros(self.classes, bool) for kind in ("head", "head_dim", "channel", "width")}
+        for kind, flags in marks.items():
+            if own := [labels for labels, of_kind in self.coupler.marks if of_kind == kind]:
+                flags[self._leaves.expand(np.concatenate(own))[1]] = True
         return marks
 
     def _kind(self, leaves: Array, marks: dict[str, NDArray[np.bool_]]) -> str:
@@ -373,11 +375,14 @@ class _Pairs:
 
 
 class _Leaves:
-    """Products taken apart into leaves."""
+    """Classes of labels, numbered without gaps, and products taken apart into leaves: the classes that are no products."""
 
     def __init__(self, labels: Labels):
-        self.roots = labels.find(np.arange(labels.count))
-        self.row = np.full(labels.count, -1)
+        roots = labels.find(np.arange(labels.count))
+        own = roots == np.arange(labels.count)
+        self.count = int(own.sum())
+        self.roots = (np.cumsum(own) - 1)[roots]  #: the number of each label's class; KEPT stays 0
+        self.row = np.full(self.count, -1)
         width = max((len(s.sizes) for s in labels.splits), default=1)
         tables = [np.full((0, width), -1)]
         start = 0

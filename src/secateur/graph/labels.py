@@ -168,6 +168,8 @@ class Labels:
 
     def _refine(self) -> bool:
         """Bring splits of the same labels to different sizes to their common refinement; collapse them where there is none."""
+        if not self._contested():
+            return False
         owner: dict[int, Split] = {}
         for s in self.splits:
             for label in self.find(s.whole).tolist():
@@ -183,6 +185,18 @@ class Labels:
                 for split in (other, s):
                     self._resplit(split, sizes)
                 return True
+        return False
+
+    def _contested(self) -> bool:
+        """Whether some label is split in two ways."""
+        way = np.full(self.count, -1)
+        ways: dict[tuple[int, ...], int] = {}
+        for s in self.splits:
+            whole, own = self.find(s.whole), ways.setdefault(s.sizes[1:], len(ways))
+            before = way[whole]
+            if ((before >= 0) & (before != own)).any():
+                return True
+            way[whole] = own
         return False
 
     def _collapse(self, split: Split) -> None:

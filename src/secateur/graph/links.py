@@ -67,7 +67,7 @@ def _find(graph: Graph) -> dict[int, Links]:
 
 def _words(graph: Graph, node: Node) -> Iterator[tuple[Dim, str]]:
     """What an operation has to say about the dimensions it touches."""
-    tensors = graph.coupler.tensors(node)
+    tensors = node.tensors
     outputs = [own for value in node.outputs for own in value.labels or ()]
     if node.name in _PRODUCTS:
         yield from _of_product(graph, node, tensors, outputs)

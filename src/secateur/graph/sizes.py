@@ -237,8 +237,8 @@ class Sizes(TorchFunctionMode):
         finally:
             self.current = before
         if name in _SIZED or _has_size(args) or _has_size(kwargs.values()):
-            call.output = self.recorder._values(out)
-            call.args, call.kwargs = self.recorder._values(args), self.recorder._values(kwargs)
+            call.output = self.recorder.values(out)
+            call.args, call.kwargs = self.recorder.values(args), self.recorder.values(kwargs)
             if name in RESHAPES:
                 call.frames = frames_from(sys._getframe(1))
             self.calls.append(call)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -46,18 +47,13 @@ class Node:
     """One recorded operation. `args` and `kwargs` hold a `Value` wherever the call had a tensor."""
 
     op: Any
+    name: str  #: of the operation without overload and without the underscore of in-place ones: ``add_.Tensor`` -> ``add``
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    tensors: list[Value]  #: all that it was given
     outputs: list[Value]
     module: str
-    tensors: list[Value] | None = None  #: all that it was given, once `Coupler.tensors` has looked
     call: Any = None  #: the Python-level call (`sizes.Call`) inside which it happened
-
-    @property
-    def name(self) -> str:
-        """Name of the operation without overload and without the underscore of in-place ones: ``add_.Tensor`` -> ``add``."""
-        packet = self.op._overloadpacket.__name__
-        return packet.rstrip("_") if not packet.startswith("__") else packet
 
 
 @dataclass
@@ -94,6 +90,7 @@ class Recorder(TorchDispatchMode):
         self.device, self.meta = device, meta
         self._known: dict[Any, Any] = {}
         self.paused = False
+        self._real = False  #: whether the arguments last looked at had tensors with values
         self.nodes: list[Node] = []
         self.named: dict[str, Value] = {}
         self.stack: list[str] = []
@@ -122,8 +119,12 @@ class Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if self.paused or func.namespace == "prim":  # questions about a tensor, not operations on it
             return func(*args, **kwargs)
-        seen_args, seen_kwargs = self._values(args), self._values(kwargs)
+        tensors: list[Value] = []
+        self._real = False
+        seen_args, seen_kwargs = self.values(args, tensors), self.values(kwargs, tensors)
         if self.meta:
+            if self._real:
+                args, kwargs = _on_meta(args), _on_meta(kwargs)
             if kwargs.get("device") is not None:
                 if kwargs["device"].type == "meta":
                     seen_kwargs["device"] = self.device
@@ -131,23 +132,22 @@ class Recorder(TorchDispatchMode):
             if func is torch.ops.aten._local_scalar_dense.default:
                 out = _Evaluated(self.nodes).scalar(seen_args[0])
             else:
-                out = self._inferred(func, _on_meta(args), _on_meta(kwargs))
+                out = self._inferred(func, args, kwargs)
         else:
             out = func(*args, **kwargs)
-        outputs = []
-        for tensor in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(tensor, Tensor):
-                value = Value(tuple(tensor.shape), tensor.dtype)
-                self.tag(tensor, value)
-                outputs.append(value)
-            elif isinstance(tensor, list):
-                for t in tensor:
-                    value = Value(tuple(t.shape), t.dtype)
-                    self.tag(t, value)
+        outputs: list[Value] = []
+        for given in out if isinstance(out, (tuple, list)) else (out,):
+            for tensor in given if isinstance(given, list) else (given,):
+                if isinstance(tensor, Tensor):
+                    value = Value(tuple(tensor.shape), tensor.dtype)
+                    self.tag(tensor, value)
                     outputs.append(value)
-        module = self.stack[-1] if self.stack else ""
-        self.nodes.append(Node(func, seen_args, seen_kwargs, outputs, module, call=self.sizes.current))
+        self._write(func, seen_args, seen_kwargs, tensors, outputs)
         return out
+
+    def _write(self, op: Any, args: Any, kwargs: Any, tensors: list[Value], outputs: list[Value]) -> None:
+        module = self.stack[-1] if self.stack else ""
+        self.nodes.append(Node(op, _name(op), args, kwargs, tensors, outputs, module, self.sizes.current))
 
     def _inferred(self, func: Any, args: Any, kwargs: Any) -> Any:
         """What `func` gives on the meta device. Networks do the same again and again, so shapes are worked out once."""
@@ -173,26 +173,45 @@ class Recorder(TorchDispatchMode):
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Attention as one operation: on the meta device it would fall apart into products that hide its scale."""
-        seen_args, seen_kwargs = self._values((q, k, v, *args)), self._values(kwargs)
+        tensors: list[Value] = []
+        seen_args, seen_kwargs = self.values((q, k, v, *args), tensors), self.values(kwargs, tensors)
         self.paused = True
         out = _made([contiguous((*q.shape[:-3], q.shape[-2], *q.shape[-3:-2], v.shape[-1]), q.dtype)])
         out = out.transpose(-3, -2) if q.dim() > 3 else out  # as the kernels lay it out
         self.paused = False
         value = Value(tuple(out.shape), out.dtype)
         self.tag(out, value)
-        module = self.stack[-1] if self.stack else ""
-        op = torch.ops.aten.scaled_dot_product_attention.default
-        self.nodes.append(Node(op, seen_args, seen_kwargs, [value], module, call=self.sizes.current))
+        self._write(torch.ops.aten.scaled_dot_product_attention.default, seen_args, seen_kwargs, tensors, [value])
         return out
 
-    def _values(self, x: Any) -> Any:
+    def values(self, x: Any, tensors: list[Value] | None = None) -> Any:
+        """Arguments with a `Value` for every tensor; these are added to `tensors` as well."""
+        kind = type(x)
+        if kind in _PLAIN:
+            return x
         if isinstance(x, Tensor):
-            return self.value(x)
+            value = self.value(x)
+            if tensors is not None:
+                tensors.append(value)
+            self._real |= not x.is_meta
+            return value
+        if kind is list:
+            return [self.values(y, tensors) for y in x]
         if isinstance(x, (tuple, list)):
-            return type(x)(self._values(y) for y in x) if type(x) in (tuple, list) else tuple(self._values(y) for y in x)
+            return tuple([self.values(y, tensors) for y in x])
         if isinstance(x, dict):
-            return {k: self._values(v) for k, v in x.items()}
+            return {k: self.values(v, tensors) for k, v in x.items()}
         return x
+
+
+#: What arguments mostly are, beside tensors.
+_PLAIN = frozenset({int, float, bool, type(None), str, torch.dtype, torch.device})
+
+
+@functools.cache
+def _name(op: Any) -> str:
+    packet: str = op._overloadpacket.__name__
+    return packet.rstrip("_") if not packet.startswith("__") else packet
 
 
 class _Evaluated:
@@ -373,18 +392,18 @@ def untouched(model: nn.Module) -> Iterator[None]:
     """Evaluation mode inside; afterwards every module has the attributes, parameters, buffers and hooks it had."""
     saved = []
     for module in model.modules():
-        tables = {k: dict(v) for k, v in vars(module).items() if isinstance(v, dict)}
-        saved.append((module, dict(vars(module)), tables))
+        attributes = dict(vars(module))
+        saved.append((vars(module), attributes, [(v, dict(v)) for v in attributes.values() if isinstance(v, dict)]))
     try:
         model.eval()
         yield
     finally:
-        for module, attributes, tables in saved:
-            vars(module).clear()
-            vars(module).update(attributes)
-            for key, table in tables.items():
-                vars(module)[key].clear()
-                vars(module)[key].update(table)
+        for own, attributes, tables in saved:
+            own.clear()
+            own.update(attributes)
+            for table, before in tables:
+                table.clear()
+                table.update(before)
 
 
 @contextlib.contextmanager

@@ -36,7 +36,7 @@ def attention(c: Coupler, node: Node) -> list[list[Dim]]:
     c.contract(q, lq[-1], lk[-1], node, activations=True)
     if node.kwargs.get("scale") is None:
         c.freeze(lq[-1], node, "attention is scaled by the root of this size")
-    for other in c.tensors(node)[3:]:
+    for other in node.tensors[3:]:
         for d in (-1, -2):
             if other.ndim >= 2:
                 c.freeze(c.labels_of(other)[d], node, "it is a mask of positions")
@@ -59,7 +59,7 @@ def attention(c: Coupler, node: Node) -> list[list[Dim]]:
 
 
 def _mask(c: Coupler, node: Node, ndim: int, d: int) -> np.ndarray | None:
-    for other in c.tensors(node)[3:]:
+    for other in node.tensors[3:]:
         at = d - ndim + other.ndim
         if isinstance(other, Value) and at >= 0 and other.shape[at] > 1:
             return c.labels_of(other)[at]

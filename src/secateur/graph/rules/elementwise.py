@@ -52,7 +52,7 @@ def broadcast(c: Coupler, node: Node, inputs: list[Value], shape: tuple[int, ...
 @rule(*dict.fromkeys(n.rstrip("_") if not n.startswith("__") else n for n in _NAMES.split()))
 def elementwise(c: Coupler, node: Node) -> list[list[Dim]]:
     """Same index in, same index out."""
-    inputs = c.tensors(node)
+    inputs = node.tensors
     if node.name == "prelu" and len(inputs) == 2:
         return [_prelu(c, node, *inputs)]
     joins = node.name == "add" and _joins(c, inputs)

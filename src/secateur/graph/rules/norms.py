@@ -97,7 +97,7 @@ def statistics(c: Coupler, node: Node) -> list[list[Dim]]:
 )  # fmt: skip
 def extremes(c: Coupler, node: Node) -> list[list[Dim]]:
     """Whatever depends on which values are there does not survive their removal."""
-    tensors = c.tensors(node)
+    tensors = node.tensors
     if node.name in ("max", "min") and len(tensors) == 2:
         from secateur.graph.rules.elementwise import broadcast
 
@@ -143,7 +143,7 @@ def spatial(c: Coupler, node: Node) -> list[list[Dim]]:
     x = node.args[0]
     keep = 2 if node.name.startswith("grid") else x.ndim - _spatial_dims(node.name)
     labels = list(c.labels_of(x))
-    for other in c.tensors(node):
+    for other in node.tensors:
         own = c.labels_of(other)
         for d in range(keep if other is x else 0, other.ndim):
             c.freeze(own[d], node, "it is a spatial dimension")
