@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
 from typing import Any
 
 import secateur.graph.rules.attention
@@ -15,7 +14,7 @@ import secateur.graph.rules.shape  # noqa: F401
 from secateur.graph.equations import Equation
 from secateur.graph.labels import Array, Dim, Labels
 from secateur.graph.rules import RULES
-from secateur.graph.sizes import RESHAPES, Call
+from secateur.graph.sizes import RESHAPES, Call, Size
 from secateur.graph.trace import Node, Recording, Value
 
 log = logging.getLogger("secateur")
@@ -72,6 +71,11 @@ class Coupler:
             else:
                 value.labels = [None] * value.ndim
         return value.labels
+
+    def adopt(self, value: Value, d: int, dim: Dim) -> None:
+        """Give dimension `d` of a parameter that nothing has used yet the labels `dim`, to which it would be tied."""
+        if value.labels is None and value.name is not None and dim is not None:
+            value.labels = [dim if i == d else self.labels.fresh(n) if n > 1 else None for i, n in enumerate(value.shape)]
 
     def is_weight(self, value: Value) -> bool:
         """Whether a value depends on parameters and buffers alone."""
@@ -196,8 +200,8 @@ class Coupler:
         elif call.name.startswith("conv"):
             handled.append(call.argument(_GROUPS_AT, "groups"))
         known = {id(h) for h in handled}
-        for leaf in _leaves((call.args, call.kwargs)):
-            if isinstance(leaf, int) and id(leaf) not in known and sizes.expr(leaf)[0] != "const":
+        for leaf in _sizes_in((call.args, call.kwargs)):
+            if id(leaf) not in known and sizes.expr(leaf)[0] != "const":
                 self.equations.append(Equation(sizes.expr(leaf), ("const", int.__int__(leaf)), call.module))
 
     def _getitem(self, call: Call, handled: list[Any]) -> None:
@@ -247,13 +251,15 @@ def _at(node: Node, reason: str) -> str:
     return f"{reason} ({node.name} in {node.module or 'the model itself'})"
 
 
-def _leaves(x: Any) -> Iterable[Any]:
-    if isinstance(x, (tuple, list)):
-        for y in x:
-            yield from _leaves(y)
+def _sizes_in(x: Any) -> list[Size]:
+    if isinstance(x, slice):
+        x = (x.start, x.stop, x.step)
     elif isinstance(x, dict):
-        yield from _leaves(tuple(x.values()))
-    elif isinstance(x, slice):
-        yield from (x.start, x.stop, x.step)
-    else:
-        yield x
+        x = tuple(x.values())
+    found = []
+    for y in x:
+        if type(y) is Size:
+            found.append(y)
+        elif isinstance(y, (tuple, list, dict, slice)):
+            found += _sizes_in(y)
+    return found

@@ -43,9 +43,6 @@ def cut(model: nn.Module, plan: Plan, *, inplace: bool = False) -> nn.Module:
             table[key] = _sliced(table[key], own, indices)
             for other, alias in others:
                 other[alias] = table[key]
-        for module in model.modules():
-            if isinstance(module, nn.RNNBase):
-                module._flat_weights = [getattr(module, n, None) for n in module._flat_weights_names]
     else:
         olds = {name: holders[name][0][0][holders[name][0][1]] for name in cuts}
         model = copy.deepcopy(model, {id(old): _sliced(old, cuts[name], indices) for name, old in olds.items()})
@@ -119,8 +116,10 @@ def _some_rows(tensor: Tensor, rows: Tensor, others: Sequence[tuple[int, Tensor]
         shape[dim] = len(index)
     made = tensor.new_empty(shape)
     some = max(1, _AT_ONCE[tensor.device.type == "cpu"] // max(tensor.shape[1:].numel(), 1))
+    room = tensor.new_empty((min(some, len(rows)), *tensor.shape[1:]))
     for start in range(0, len(rows), some):
-        part = tensor.index_select(0, rows[start : start + some])
+        part = room[: min(some, len(rows) - start)]
+        torch.index_select(tensor, 0, rows[start : start + some], out=part)
         for dim, index in others[:-1]:
             part = part.index_select(dim, index)
         torch.index_select(part, *others[-1], out=made[start : start + some])
@@ -151,6 +150,8 @@ def refresh(module: nn.Module) -> None:
     weight = getattr(module, "weight", None)
     if isinstance(module, nn.MultiheadAttention):
         refresh_heads(module)
+    if isinstance(module, nn.RNNBase):
+        module._flat_weights = [getattr(module, n, None) for n in module._flat_weights_names]
     if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
         suffix = "_l0" if isinstance(module, nn.RNNBase) else ""
         module.input_size = int(getattr(module, f"weight_ih{suffix}").shape[1])

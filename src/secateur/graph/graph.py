@@ -378,10 +378,13 @@ class _Leaves:
     """Classes of labels, numbered without gaps, and products taken apart into leaves: the classes that are no products."""
 
     def __init__(self, labels: Labels):
-        roots = labels.find(np.arange(labels.count))
-        own = roots == np.arange(labels.count)
-        self.count = int(own.sum())
-        self.roots = (np.cumsum(own) - 1)[roots]  #: the number of each label's class; KEPT stays 0
+        roots = labels.all()
+        own = np.zeros(len(roots), bool)
+        own[roots] = True
+        self.count = int(np.count_nonzero(own))
+        number = np.empty(len(roots), np.int64)
+        number[own] = np.arange(self.count)
+        self.roots = number[roots]  #: the number of each label's class; KEPT stays 0
         self.row = np.full(self.count, -1)
         width = max((len(s.sizes) for s in labels.splits), default=1)
         tables = [np.full((0, width), -1)]

@@ -21,6 +21,7 @@ Array = NDArray[np.int64]
 Dim = Array | None
 
 KEPT = 0  #: the label of what is always kept
+_AT_ONCE = 1 << 14  #: labels worked on at once, so that what lies between needs little memory
 
 
 @dataclass(eq=False)
@@ -45,7 +46,8 @@ class Labels:
         self.count = 1
         self.splits: list[Split] = []
         self.frozen: list[tuple[Array, str]] = []
-        self._waiting: list[tuple[Array, Array]] = []  #: ties, drawn together when somebody asks
+        self._waiting: list[tuple[Array, Array]] = []  #: ties, drawn together when they are many or somebody asks
+        self._n_waiting = 0
         self._split_memo: dict[tuple[bytes, tuple[int, ...]], list[Dim]] = {}
         self._merge_memo: dict[tuple[bytes, ...], Array] = {}
 
@@ -61,9 +63,7 @@ class Labels:
     def find(self, labels: Array) -> Array:
         """The representative of each label's class."""
         if self._waiting:
-            sides = [np.concatenate(side) for side in zip(*self._waiting, strict=True)]
-            self._waiting.clear()
-            self.union(*sides)
+            self._settle()
         root = self._parent[labels]
         while True:
             above = self._parent[root]
@@ -72,6 +72,18 @@ class Labels:
             root = above
         self._parent[labels] = root
         return root
+
+    def all(self) -> Array:
+        """The representative of every label there is. ``[count]``."""
+        for start in range(0, self.count, _AT_ONCE):
+            self.find(np.arange(start, min(start + _AT_ONCE, self.count)))  # which shortens the ways, so that one step is left
+        return self._parent[: self.count]
+
+    def _settle(self) -> None:
+        sides = [np.concatenate(side) for side in zip(*self._waiting, strict=True)]
+        self._waiting.clear()
+        self._n_waiting = 0
+        self.union(*sides)
 
     def union(self, a: Array, b: Array) -> bool:
         """Make ``a[i]`` and ``b[i]`` one class for every i. True where that changed anything."""
@@ -95,6 +107,9 @@ class Labels:
             if a.shape != b.shape:
                 raise ValueError(f"dimensions of {len(a)} and {len(b)} indices cannot be tied")
             self._waiting.append((a, b))
+            self._n_waiting += len(a)
+            if self._n_waiting > _AT_ONCE:
+                self._settle()
         return a
 
     def freeze(self, dim: Dim, reason: str) -> None:
@@ -225,7 +240,7 @@ class Labels:
 
     def kept(self, removed: Array) -> NDArray[np.bool_]:
         """Whether each label is kept when the leaf classes `removed` go. ``[count]``."""
-        roots = self.find(np.arange(self.count))
+        roots = self.all()
         kept = np.ones(self.count, bool)
         kept[removed] = False
         rows = [(roots[s.whole], [roots[c] for c in s.columns()]) for s in self.splits]

@@ -23,6 +23,7 @@ from secateur.graph.shapes import IN_PLACE, SHAPES, Like, contiguous
 from secateur.graph.sizes import Sizes
 
 log = logging.getLogger("secateur")
+_META = torch.device("meta")
 
 
 @dataclass(eq=False, slots=True, repr=False)
@@ -128,7 +129,7 @@ class Recorder(TorchDispatchMode):
             if kwargs.get("device") is not None:
                 if kwargs["device"].type == "meta":
                     seen_kwargs["device"] = self.device
-                kwargs = {**kwargs, "device": "meta"}
+                kwargs = {**kwargs, "device": _META}
             if func is torch.ops.aten._local_scalar_dense.default:
                 out = _Evaluated(self.nodes).scalar(seen_args[0])
             else:
@@ -195,10 +196,9 @@ class Recorder(TorchDispatchMode):
                 tensors.append(value)
             self._real |= not x.is_meta
             return value
-        if kind is list:
-            return [self.values(y, tensors) for y in x]
         if isinstance(x, (tuple, list)):
-            return tuple([self.values(y, tensors) for y in x])
+            seen = [y if type(y) in _PLAIN else self.values(y, tensors) for y in x]
+            return seen if kind is list else tuple(seen)
         if isinstance(x, dict):
             return {k: self.values(v, tensors) for k, v in x.items()}
         return x
@@ -248,20 +248,21 @@ def record(model: nn.Module, example: Any) -> Recording:
     (``.item()``, data-dependent shapes) is run on real tensors instead, and the recording's notes say so. Raises ModelError
     where the forward itself fails. The model is left exactly as it was.
     """
-    if not any(isinstance(m, (nn.RNNBase, nn.RNNCellBase)) for m in model.modules()):  # whose kernels are those of a device
+    modules = dict(model.named_modules())
+    if not any(isinstance(m, (nn.RNNBase, nn.RNNCellBase)) for m in modules.values()):  # whose kernels are those of a device
         try:
-            return _record(model, example, "meta")
+            return _record(model, modules, example, "meta")
         except Exception as error:
             log.debug("tracing on fake tensors, since those of the meta device failed: %s", _short(error))
     try:
-        return _record(model, example, "fake")
+        return _record(model, modules, example, "fake")
     except Exception as error:
         if any(p.is_meta for p in model.parameters()):
             raise ModelError(f"the forward of {type(model).__name__} cannot be traced: {_short(error)}") from error
         log.info("tracing on real tensors, since fake ones failed: %s", _short(error))
         note = f"traced on real tensors, since fake ones failed: {_short(error)}"
     try:
-        recording = _record(model, example, "real")
+        recording = _record(model, modules, example, "real")
     except Exception as error:
         raise ModelError(
             f"the forward of {type(model).__name__} fails on the example: {_short(error)}. "
@@ -282,10 +283,12 @@ def tensors_in(tree: Any) -> list[Tensor]:
     """All tensors in a model's output, whatever containers it uses (mappings, sequences, dataclasses, plain objects)."""
     if isinstance(tree, Tensor):
         return [tree]
-    if isinstance(tree, Mapping):
-        return [t for v in tree.values() for t in tensors_in(v)]
+    if type(tree) in _PLAIN:
+        return []
     if isinstance(tree, (tuple, list)):
         return [t for v in tree for t in tensors_in(v)]
+    if isinstance(tree, Mapping):
+        return [t for v in tree.values() for t in tensors_in(v)]
     if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
         return [t for v in vars(tree).values() for t in tensors_in(v)]
     return []
@@ -296,7 +299,9 @@ def _short(error: Exception) -> str:
     return f"{type(error).__name__}: {text[:200]}"
 
 
-def _record(model: nn.Module, example: Any, how: Literal["meta", "fake", "real"]) -> Recording:
+def _record(
+    model: nn.Module, modules: Mapping[str, nn.Module], example: Any, how: Literal["meta", "fake", "real"]
+) -> Recording:
     args, kwargs = arguments(example)
     device = next((t.device for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)), torch.device("cpu"))
     mode = FakeTensorMode(allow_non_fake_inputs=True) if how == "fake" else None
@@ -306,20 +311,20 @@ def _record(model: nn.Module, example: Any, how: Literal["meta", "fake", "real"]
         return _bare(tensor) if how == "meta" else _faked(tensor, mode, device)
 
     calls: list[ModuleCall] = []
-    with untouched(model), explicit_heads(model) as replaced, contextlib.ExitStack() as stack:
-        _substitute(model, recorder, stand_in)
+    with untouched(model), explicit_heads(modules.values()) as replaced, contextlib.ExitStack() as stack:
+        _substitute(modules, recorder, stand_in)
         args, kwargs = pytree.tree_map_only(Tensor, stand_in, (args, kwargs))
         inputs = []
         for t in pytree.tree_leaves((args, kwargs)):
             if isinstance(t, Tensor):
                 inputs.append(Value(tuple(t.shape), t.dtype))
                 recorder.tag(t, inputs[-1])
-        stack.enter_context(_watched(model, recorder, calls))
-        stack.enter_context(_quiet())
+        stack.enter_context(_watched(modules, recorder, calls))
         stack.enter_context(torch.no_grad())
         if mode is not None:
+            stack.enter_context(_quiet())
             stack.enter_context(mode)
-        stack.enter_context(recorder.sizes.tracking(model))
+        stack.enter_context(recorder.sizes.tracking(modules))
         stack.enter_context(recorder)
         output = model(*args, **kwargs)
     tensors = tensors_in(output)
@@ -336,26 +341,27 @@ def _faked(tensor: Tensor, mode: FakeTensorMode | None, device: torch.device) ->
     if tensor.layout != torch.strided or type(tensor) not in (Tensor, nn.Parameter) or tensor.is_quantized:
         return mode.from_tensor(tensor, static_shapes=True)
     # what from_tensor does for a plain tensor, without describing it first: ten times faster
-    made = FakeTensor(mode, torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta"), device)
+    made = FakeTensor(mode, torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=_META), device)
     made._is_param = isinstance(tensor, nn.Parameter)  # type: ignore[attr-defined]
     return made
 
 
 def _bare(tensor: Tensor) -> Tensor:
     """A tensor of the meta device like this one."""
-    made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+    made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=_META)
     return nn.Parameter(made, False) if isinstance(tensor, nn.Parameter) else made
 
 
 def _made(likes: list[Like]) -> Any:
-    made = tuple(torch.empty_strided(shape, stride, dtype=dtype, device="meta") for shape, stride, dtype in likes)
+    made = tuple(torch.empty_strided(shape, stride, dtype=dtype, device=_META) for shape, stride, dtype in likes)
     return made[0] if len(made) == 1 else made
 
 
 def _key(x: Any) -> Any:
-    if isinstance(x, Tensor):
-        return x.shape, x.stride(), x.dtype
-    return tuple(map(_key, x)) if isinstance(x, (tuple, list)) else (type(x), x)
+    kind = type(x)
+    if kind is list or kind is tuple:
+        return kind, *[_key(y) for y in x]
+    return (x.shape, x.stride(), x.dtype) if isinstance(x, Tensor) else (kind, x)
 
 
 def _on_meta(x: Any) -> Any:
@@ -367,10 +373,10 @@ def _on_meta(x: Any) -> Any:
     return {k: _on_meta(v) for k, v in x.items()} if type(x) is dict else x
 
 
-def _substitute(model: nn.Module, recorder: Recorder, stand_in_for: Callable[[Tensor], Tensor]) -> None:
+def _substitute(modules: Mapping[str, nn.Module], recorder: Recorder, stand_in_for: Callable[[Tensor], Tensor]) -> None:
     """Put tagged stand-ins in the place of all parameters and buffers."""
     stand_in: dict[int, Tensor] = {}
-    for path, module in model.named_modules():
+    for path, module in modules.items():
         for table in (module._parameters, module._buffers):
             for key, tensor in table.items():
                 if tensor is None:
@@ -395,7 +401,11 @@ def untouched(model: nn.Module) -> Iterator[None]:
         attributes = dict(vars(module))
         saved.append((vars(module), attributes, [(v, dict(v)) for v in attributes.values() if isinstance(v, dict)]))
     try:
-        model.eval()
+        if all(type(m).train is nn.Module.train and type(m).eval is nn.Module.eval for m in model.modules()):
+            for own, *_ in saved:
+                own["training"] = False  # what eval() does, without asking of every module what kind of attribute that is
+        else:
+            model.eval()
         yield
     finally:
         for own, attributes, tables in saved:
@@ -419,11 +429,9 @@ def _quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _watched(model: nn.Module, recorder: Recorder, calls: list[ModuleCall]) -> Iterator[None]:
+def _watched(modules: Mapping[str, nn.Module], recorder: Recorder, calls: list[ModuleCall]) -> Iterator[None]:
     """Know at every operation in which module it happens."""
-    names: dict[nn.Module, str] = {}
-    for name, module in model.named_modules():
-        names.setdefault(module, name)
+    names = {module: name for name, module in modules.items()}
     open_calls: list[ModuleCall] = []
 
     def before(module: nn.Module, args: Any, kwargs: Any = None) -> None:
