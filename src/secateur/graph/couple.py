@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import secateur.graph.rules.attention
@@ -63,11 +64,14 @@ class Coupler:
             if all(t in self._given or t.constant is not None for t in tensors):
                 self._given.update(node.outputs)
 
-    def labels_of(self, value: Value) -> list[Dim]:
-        """Labels of all dimensions; those of a parameter or buffer are made when it is first used."""
+    def labels_of(self, value: Value, known: Mapping[int, Dim] | None = None) -> list[Dim]:
+        """Labels of all dimensions; those of a parameter or buffer are made when it is first used, but for `known` ones."""
         if value.labels is None:
             if value.name is not None:
-                value.labels = [self.labels.fresh(n) if n > 1 else None for n in value.shape]
+                given = known or {}
+                value.labels = [
+                    given[d] if d in given else self.labels.fresh(n) if n > 1 else None for d, n in enumerate(value.shape)
+                ]
             else:
                 value.labels = [None] * value.ndim
         return value.labels
@@ -75,7 +79,7 @@ class Coupler:
     def adopt(self, value: Value, d: int, dim: Dim) -> None:
         """Give dimension `d` of a parameter that nothing has used yet the labels `dim`, to which it would be tied."""
         if value.labels is None and value.name is not None and dim is not None:
-            value.labels = [dim if i == d else self.labels.fresh(n) if n > 1 else None for i, n in enumerate(value.shape)]
+            self.labels_of(value, {d: dim})
 
     def is_weight(self, value: Value) -> bool:
         """Whether a value depends on parameters and buffers alone."""

@@ -214,16 +214,20 @@ class Graph:
     def _find_groups(self, reasons: dict[int, str]) -> list[Group]:
         """Leaves that cut the same (tensor, dimension) pairs in the same role make one group."""
         self._where: list[tuple[str, int, int]] = []
-        columns: dict[bytes, int] = {}
+        by_identity: dict[int, int] = {}
+        by_content: dict[bytes, int] = {}
         dims: list[Array] = []
         for name, value in self.recording.values.items():
             for d, own in enumerate(value.labels or []):
-                if own is not None:
+                if own is None:
+                    continue
+                at = by_identity.get(id(own), -1)
+                if at < 0:
                     roots = self._leaves.roots[own]
-                    at = columns.setdefault(roots.tobytes(), len(dims))
+                    at = by_identity[id(own)] = by_content.setdefault(roots.tobytes(), len(dims))
                     if at == len(dims):
                         dims.append(roots)
-                    self._where.append((name, d, at))
+                self._where.append((name, d, at))
         if not dims:
             self._pairs = _Pairs(*(np.zeros(0, np.int64) for _ in range(4)))
             return []

@@ -77,9 +77,10 @@ def convolution(c: Coupler, node: Node) -> list[list[Dim]]:
     transposed, groups = bool(node.args[6]), int(node.args[8])
     channels = c.labels_of(x)
     at = 1 if x.ndim == weight.ndim else 0
-    if groups == 1:
-        c.adopt(weight, 0 if transposed else 1, channels[at])
-    kernel = c.labels_of(weight)
+    known: dict[int, Dim] = dict.fromkeys(range(2, weight.ndim))  # positions, which are never cut
+    if groups == 1 and channels[at] is not None:
+        known[0 if transposed else 1] = channels[at]
+    kernel = c.labels_of(weight, known)
     n_in, n_out = x.shape[at], node.outputs[0].shape[at]
     for own in (*kernel[2:], *channels[at + 1 :]):
         c.freeze(own, node, "it is a spatial dimension of a convolution")
