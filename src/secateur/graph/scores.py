@@ -147,7 +147,9 @@ class _Saliency:
             torch.mv(matrix, across, out=rows[start : start + len(part)])
             columns.addmv_(matrix.t(), down[: len(part)])
         block = columns.view(score.shape[1:])
-        return [rows] + [block.sum([o for o in range(block.ndim) if o != d]) if block.ndim > 1 else block for d in range(block.ndim)]
+        return [rows] + [
+            block.sum([o for o in range(block.ndim) if o != d]) if block.ndim > 1 else block for d in range(block.ndim)
+        ]
 
     def _room(self, size: int, kind: torch.dtype, device: torch.device) -> Tensor:
         """Memory that is used again and again: asking for new pages takes longer than the sums."""

@@ -164,7 +164,9 @@ def _same_type(x: Tensor, *_: Any) -> list[Like] | None:
     return [contiguous(x.shape, x.dtype)] if x.is_contiguous() else None
 
 
-def _empty(shape: Sequence[int], *, dtype: Any = None, memory_format: Any = None, layout: Any = None, **_: Any) -> list[Like] | None:
+def _empty(
+    shape: Sequence[int], *, dtype: Any = None, memory_format: Any = None, layout: Any = None, **_: Any
+) -> list[Like] | None:
     plain = memory_format in (None, torch.contiguous_format) and layout in (None, torch.strided)
     return [contiguous(shape, dtype or torch.get_default_dtype())] if plain else None
 
