@@ -377,7 +377,8 @@ def _substitute(modules: Mapping[str, nn.Module], recorder: Recorder, stand_in_f
     """Put tagged stand-ins in the place of all parameters and buffers."""
     stand_in: dict[int, Tensor] = {}
     for path, module in modules.items():
-        for table in (module._parameters, module._buffers):
+        tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for table in tables:
             for key, tensor in table.items():
                 if tensor is None:
                     continue
