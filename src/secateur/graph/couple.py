@@ -6,6 +6,8 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
+
 import secateur.graph.rules.attention
 import secateur.graph.rules.elementwise
 import secateur.graph.rules.indexing
@@ -29,6 +31,7 @@ class Coupler:
         self.labels = Labels()
         self.marks: list[tuple[Array, str]] = []  #: labels known to be heads or head dimensions
         self.equations: list[Equation] = []
+        self.numbers: dict[Value, Tensor] = {}  #: tensors that the forward wrote down
         self.unknown: dict[str, set[str]] = {}  #: operations without a rule, and the modules they are in
         self._written = {id(call) for call in recording.sizes.calls}
         self._weights = set(recording.values.values())
@@ -245,7 +248,20 @@ class Coupler:
 
 
 _NEW_SHAPE = frozenset(
-    ["view", "reshape", "expand", "zeros", "ones", "empty", "full", "new_zeros", "new_ones", "new_empty", "new_full"]
+    [
+        "view",
+        "reshape",
+        "expand",
+        "broadcast_to",
+        "zeros",
+        "ones",
+        "empty",
+        "full",
+        "new_zeros",
+        "new_ones",
+        "new_empty",
+        "new_full",
+    ]
 )
 _GROUPS_AT = 6
 _WRITES = frozenset(["split", "split_with_sizes", "narrow", "__getitem__"])
