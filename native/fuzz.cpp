@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "dispatch.h"
+#include "gathered.h"
 #include "product.h"
 #include "weights.h"
 
@@ -156,12 +157,41 @@ void check_conv() {
             }
 }
 
+// Chosen rows, some of them more than once; sizes that are no multiple of a vector; nothing chosen at all.
+void check_gathered() {
+    const Kernels& k = any_kernels();
+    const int64_t rows = pick(1, 150), cols = any_size(300), count = pick(0, 3) ? pick(0, 200) : 0;
+    const int threads = static_cast<int>(pick(1, 5));
+    const bool biased = pick(0, 1);
+    Floats w(rows * cols), x(cols), z(rows, chance()), columns(cols), of_rows(rows), dots(count), sums(cols), thinned(cols), factor(count);
+    const std::unique_ptr<int32_t[]> index(new int32_t[count]);
+    for (int64_t i = 0; i < count; ++i) index[i] = static_cast<int32_t>(pick(0, rows - 1));
+    const auto act = static_cast<Activation>(pick(0, 4));
+    const auto threshold = static_cast<float>(pick(0, 3) ? chance() : 2);
+    gather(k, w.get(), rows, cols, index.get(), count, x.get(), {biased ? of_rows.get() : nullptr, act}, dots.get(), threads);
+    combine(k, w.get(), rows, cols, index.get(), factor.get(), count, biased ? columns.get() : nullptr, sums.get(), threads);
+    thin(k, w.get(), rows, cols, z.get(), threshold, biased ? columns.get() : nullptr, thinned.get(), threads);
+    for (int64_t i = 0; i < count; ++i) {
+        double sum = biased ? of_rows.data[index[i]] : 0;
+        for (int64_t c = 0; c < cols; ++c) sum += static_cast<double>(w.data[index[i] * cols + c]) * x.data[c];
+        compare("gather", k, i, dots.data[i], activated(sum, act), static_cast<double>(cols));
+    }
+    for (int64_t c = 0; c < cols; ++c) {
+        double some = biased ? columns.data[c] : 0, large = some;
+        for (int64_t i = 0; i < count; ++i) some += static_cast<double>(w.data[index[i] * cols + c]) * factor.data[i];
+        for (int64_t r = 0; r < rows; ++r)
+            if (std::fabs(z.data[r]) > threshold) large += static_cast<double>(w.data[r * cols + c]) * z.data[r];
+        compare("combine", k, c, sums.data[c], some, static_cast<double>(count));
+        compare("thin", k, c, thinned.data[c], large, static_cast<double>(rows));
+    }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
     const int64_t cases = argc > 1 ? std::atoll(argv[1]) : 1000;
     random_bits.seed(argc > 2 ? static_cast<uint64_t>(std::atoll(argv[2])) : 0);
-    void (*const checks[])() = {check_linear, check_conv, check_rounded};
-    for (int64_t i = 0; i < cases; ++i) checks[pick(0, 2)]();
+    void (*const checks[])() = {check_linear, check_conv, check_rounded, check_gathered};
+    for (int64_t i = 0; i < cases; ++i) checks[pick(0, 3)]();
     std::printf("%lld cases on %s\n", static_cast<long long>(cases), available_kernels());
 }

@@ -5,6 +5,7 @@
 #include "matvec.h"
 #include "pack.h"
 #include "panel.h"
+#include "rows.h"
 
 namespace secateur::SECATEUR_ISA {
 namespace {
@@ -99,7 +100,7 @@ void product(const Product& job, const Unit& unit, float* scratch) {
 
 #define SECATEUR_TEXT_(x) #x
 #define SECATEUR_TEXT(x) SECATEUR_TEXT_(x)
-constexpr Kernels table = {SECATEUR_TEXT(SECATEUR_ISA), W, scratch_floats, most_vectors, product, matvec, depthwise};
+constexpr Kernels table = {SECATEUR_TEXT(SECATEUR_ISA), W, scratch_floats, most_vectors, product, matvec, depthwise, add_rows, dot_rows};
 
 }  // namespace
 

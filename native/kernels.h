@@ -63,6 +63,15 @@ struct Depthwise {
     float *sums, *y;
 };
 
+// Rows of weight[.., cols] by their numbers, with one factor each where they are added up.
+struct Rows {
+    const float* weight;
+    int64_t cols;
+    const int32_t* index;
+    const float* factor;
+    int64_t count;
+};
+
 constexpr int64_t kDepthwiseSlack = 128;  // floats
 
 struct Kernels {
@@ -73,6 +82,8 @@ struct Kernels {
     void (*product)(const Product&, const Unit&, float* scratch);
     void (*matvec)(const MatVec&, int64_t row, int64_t rows);
     void (*depthwise)(const Depthwise&);
+    void (*add_rows)(const Rows&, int64_t first, int64_t last, float* y);  // to columns [first, last) of y
+    void (*dot_rows)(const Rows&, int64_t first, int64_t last, const float* x, const float* bias, Activation, float* y);
 };
 
 }  // namespace secateur

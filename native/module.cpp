@@ -45,10 +45,12 @@ const Kernels& kernels(const std::string& isa) {
 
 }  // namespace
 
-void bind_codec(nb::module_& m);  // codec_module.cpp
+void bind_codec(nb::module_& m);     // codec_module.cpp
+void bind_gathered(nb::module_& m);  // gathered_module.cpp
 
 NB_MODULE(_native, m) {
     bind_codec(m);
+    bind_gathered(m);
     m.doc() = "Sparse CPU kernels. Addresses are those of contiguous float32 memory; the caller answers for their size.";
     m.def("kernels", [] { return std::string(available_kernels()); }, "Instruction sets that can run here, best first.");
     m.def(

@@ -85,6 +85,8 @@ struct Plan {
         const int64_t per_group = block_rows_total / o.groups;
         int64_t tall = o.chunk_rows ? std::max(1, o.chunk_rows / o.block_rows) : std::max<int64_t>(per_group, 1);
         tall = std::min<int64_t>(tall, kMaxLocal);
+        const int64_t parts = std::max<int64_t>(1, (per_group + tall - 1) / tall);
+        tall = std::max<int64_t>(1, (per_group + parts - 1) / parts);  // chunks of one height, which threads can share
         for (int32_t g = 0; g < o.groups; ++g)
             for (int64_t r = 0; r < per_group; r += tall)
                 chunks.push_back({static_cast<int32_t>(g * per_group + r), static_cast<int32_t>(std::min(tall, per_group - r)), g, 0, 0});

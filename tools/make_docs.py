@@ -13,6 +13,7 @@ from pathlib import Path
 
 from secateur.allocation import ALLOCATIONS
 from secateur.criteria import CRITERIA, UNIT_CRITERIA
+from secateur.dynamic import DYNAMIC
 from secateur.patterns import PATTERNS
 from secateur.recipe import Recipe
 from secateur.schedules import SCHEDULES
@@ -31,6 +32,7 @@ SECTIONS = {
     "Schedules": (SCHEDULES, "How the sparsity grows over the steps: `schedule=`."),
     "Regrowth": (REGROW, "Whether removed weights come back during gradual pruning: `regrow=`."),
     "Solvers": (SOLVERS, "Who chooses the mask and repairs the weights that stay: `solver=`."),
+    "Dynamic methods": (DYNAMIC, "What each input decides for itself at run time: `sc.dynamic(model, method=...)`."),
 }
 
 
@@ -39,7 +41,8 @@ def methods_page() -> str:
     lines = [
         "# Methods",
         "",
-        "Everything a recipe can name. This page is written from the registries by `tools/make_docs.py`; "
+        "Everything a recipe can name, and the methods of `sc.dynamic`. This page is written from the registries by "
+        "`tools/make_docs.py`; "
         "`secateur methods` prints the same.",
     ]
     for title, (registry, words) in SECTIONS.items():

@@ -20,7 +20,6 @@ _HOME = {
     "LayerStats": "secateur.types",
     "MaskSet": "secateur.types",
     "Need": "secateur.types",
-    "Plan": "secateur.types",
     "Recipe": "secateur.recipe",
     "Report": "secateur.types",
     "Result": "secateur.types",
@@ -28,6 +27,7 @@ _HOME = {
     "compress": "secateur.coding.compress",
     "criterion": "secateur.criteria",
     "deploy": "secateur.runtime.deploy",
+    "dynamic": "secateur.dynamic.module",
     "export": "secateur.export.targets",
     "finetune": "secateur.train.finetune",
     "gradual": "secateur.train.gradual",
@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from secateur.coding.compress import compress as compress
     from secateur.criteria import criterion as criterion
     from secateur.data import load_data as load_data
+    from secateur.dynamic.module import dynamic as dynamic
     from secateur.errors import SecateurError as SecateurError
     from secateur.export.artifact import load as load
     from secateur.export.artifact import save as save
@@ -67,7 +68,6 @@ if TYPE_CHECKING:
     from secateur.types import LayerStats as LayerStats
     from secateur.types import MaskSet as MaskSet
     from secateur.types import Need as Need
-    from secateur.types import Plan as Plan
     from secateur.types import Report as Report
     from secateur.types import Result as Result
 

@@ -14,6 +14,7 @@ import pytest
 import secateur
 from secateur.cli.app import app
 from secateur.criteria import CRITERIA
+from secateur.graph import rules
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -47,6 +48,16 @@ def test_python_blocks_of_the_readme_run(tmp_path, monkeypatch):
     scope: dict = {}
     for block in blocks:
         exec(compile(block, "README.md", "exec"), scope)
+
+
+@pytest.mark.parametrize("page", ["compression.md", "runtime.md", "structured.md", "training.md"])  # others need yours
+def test_python_blocks_of_a_page_run(page, tmp_path, monkeypatch):
+    """In order, in one scope: a page defines what it uses."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(rules, "RULES", dict(rules.RULES))  # a page's own rule is not for other tests
+    scope: dict = {}
+    for block in re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(encoding="utf-8"), re.DOTALL):
+        exec(compile(block, page, "exec"), scope)
 
 
 def test_every_link_of_the_docs_leads_somewhere():

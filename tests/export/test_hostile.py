@@ -228,7 +228,7 @@ def test_decoded_sizes_are_bounded(tmp_path):
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        (lambda c: c.update(version=3), "format version 3"),
+        (lambda c: c.update(version=4), "format version 4"),
         (lambda c: c.update(version="1"), "format version"),
         (lambda c: c.update(version=True), "format version"),
         (lambda c: c.update(format="other"), "does not say"),

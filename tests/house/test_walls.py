@@ -14,7 +14,13 @@ HEAVY = {
     "transformers", "accelerate", "gguf", "timm", "torchvision", "onnx", "onnxruntime", "onnxscript", "openvino", "tensorrt",
     "executorch", "matplotlib", "scipy", "sklearn", "PIL", "lightning", "triton", "jinja2",
 }  # fmt: skip
-REGISTRIES = {"criteria": "CRITERIA", "patterns": "PATTERNS", "allocation": "ALLOCATIONS", "solvers": "SOLVERS"}
+REGISTRIES = {
+    "criteria": "CRITERIA",
+    "patterns": "PATTERNS",
+    "allocation": "ALLOCATIONS",
+    "solvers": "SOLVERS",
+    "dynamic": "DYNAMIC",
+}
 
 
 def part(path: Path) -> str:
@@ -82,6 +88,11 @@ def test_runtime_and_export_know_nothing_of_choosing(path):
     assert not parts_imported(path) & {"criteria", "solvers", "train"}
 
 
+@pytest.mark.parametrize("path", each("dynamic"), ids=lambda p: p.name)
+def test_gates_know_nothing_of_static_choosing(path):
+    assert not parts_imported(path) & {"criteria", "patterns", "allocation", "solvers", "export", "cli"}
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
 def test_concrete_pieces_are_found_through_their_registry_only(path):
     for name in imports(path):
@@ -99,7 +110,7 @@ def test_concrete_pieces_are_found_through_their_registry_only(path):
                 "UNIT_CRITERIA",
                 "unit_criterion",
             }
-            allowed |= {REGISTRIES[words[1]], "registry", "error_curve"}
+            allowed |= {REGISTRIES[words[1]], "registry", "error_curve", "Dynamic", "dynamic", "rebuild", "module"}
             assert set(words) <= allowed, f"{path.name} names the concrete piece {name}"
 
 

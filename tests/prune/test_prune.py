@@ -13,6 +13,7 @@ from torch import nn
 import secateur as sc
 from secateur.demo import digits, network
 from secateur.errors import ArtifactError, DataError, LayerError, NonFiniteError, RecipeError, SecateurError, UnknownName
+from secateur.types import Plan
 
 
 class Mlp(nn.Sequential):
@@ -150,7 +151,7 @@ def test_plan_says_what_prune_does_and_touches_nothing():
     before = state_bytes(model)
     plan = sc.plan(model, sparsity=0.9, allocation="erk", ignore=["4"])
     assert state_bytes(model) == before
-    assert sc.Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
+    assert Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
     result = sc.prune(model, sparsity=0.9, allocation="erk", ignore=["4"])
     assert result.plan == plan
     assert plan.skipped == {"4.weight": "ignored as asked"}

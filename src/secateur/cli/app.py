@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 import secateur
-from secateur.cli import demo, deploy, doctor, export, inspect, measure, methods, plan, prune, report, scan
+from secateur.cli import demo, deploy, doctor, export, inspect, measure, methods, plan, prune, report, scan, versus
 from secateur.errors import Interrupted, SecateurError
 
 HELP = """Make trained neural networks smaller and faster, and prove what that cost.
@@ -27,7 +27,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
     epilog="Every command has --help with examples, and --json for scripts.",
 )
-for module in (demo, plan, prune, scan, measure, deploy, export, inspect, methods, doctor, report):
+for module in (demo, plan, prune, scan, measure, deploy, export, inspect, methods, doctor, report, versus):
     app.command(module.__name__.rpartition(".")[2], no_args_is_help=module.NEEDS_ARGUMENTS)(module.command)
 
 

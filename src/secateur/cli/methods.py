@@ -18,7 +18,7 @@ def command(
     ] = None,
     json: o.Json = False,
 ) -> None:
-    """List the methods that recipes can name: criteria, patterns, allocations, schedules, regrowth, solvers.
+    """List the methods that can be named: criteria, patterns, allocations, schedules, regrowth, solvers, dynamic methods.
 
     Example: secateur methods taylor
     """
@@ -41,13 +41,14 @@ def all_pieces() -> list[dict[str, Any]]:
     """Kind, name, summary, source, options and needs of every registered piece."""
     from secateur.allocation import ALLOCATIONS
     from secateur.criteria import CRITERIA, UNIT_CRITERIA
+    from secateur.dynamic import DYNAMIC
     from secateur.patterns import PATTERNS
     from secateur.schedules import SCHEDULES
     from secateur.solvers import SOLVERS
     from secateur.train.regrow import REGROW
 
     pieces = []
-    for registry in (CRITERIA, UNIT_CRITERIA, PATTERNS, ALLOCATIONS, SCHEDULES, REGROW, SOLVERS):
+    for registry in (CRITERIA, UNIT_CRITERIA, PATTERNS, ALLOCATIONS, SCHEDULES, REGROW, SOLVERS, DYNAMIC):
         for entry in registry.values():
             needs = sorted(n.value for n in entry.facts.get("needs", ()))
             options = {k: v for k, v in entry.options.items() if isinstance(v, (int, float, str, bool, type(None)))}

@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import logging
@@ -20,6 +21,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -34,7 +36,7 @@ from secateur.export.masks import mask_parts
 from secateur.export.pretrained import config_of
 from secateur.export.reader import Artifact
 from secateur.export.readme import readme
-from secateur.export.state import Filler, ShapeMismatch, State, state_of
+from secateur.export.state import Filler, ShapeMismatch, State, state_of, unwrapped
 from secateur.progress import track
 from secateur.types import Plan, Report
 
@@ -83,8 +85,8 @@ def save(
     """
     if format not in FORMATS:
         raise ArtifactError(f"unknown format {format!r}{did_you_mean(str(format), FORMATS)} Known: {', '.join(FORMATS)}.")
-    state = state_of(model)
-    readable = plan is not None and plan.structural and format in ("auto", "dense")
+    state, gates = state_of(model), _gates_of(model)
+    readable = plan is not None and plan.structural and format in ("auto", "dense") and gates is None
     config = config_of(model) if readable else None
     pretrained = {} if config is None else {"config.json": config}
     weights = _weight_parts(state, "dense" if pretrained and format == "auto" else format)
@@ -96,12 +98,13 @@ def save(
     sizes = [container.file_bytes(p) for p in parts.values()] + [len(t) for t in texts.values()]
     packed_files = [manifest.PACKED] if format == "packed" else []
     announced = Manifest(
-        version=manifest.VERSION if packed_files else 1,
+        version=3 if gates else 2 if packed_files else 1,
         source=_first_source(source),
         tensors={name: encoder.entry for name, encoder in weights.items()},
         aliases=dict(state.aliases),
         masks=mask_table,
         plan=None if plan is None else json.loads(json.dumps(plan.to_json())),
+        dynamic=gates,
         files=dict.fromkeys([*packed_files, *parts, *texts], _PLACEHOLDER),
     )
     sizes.append(len(manifest.dump(announced)))
@@ -131,6 +134,8 @@ def load(directory: str | os.PathLike[str], *, model: nn.Module | None = None) -
     Without `model`, the architecture is built from the source that was recorded by `save` and then filled. A source of
     the form "module:callable" or "file.py:callable" runs that code, as it did when the model was saved.
 
+    What `dynamic` made comes back with its gates and its budget; `model` is then the model without gates, and takes them.
+
     Raises ArtifactError for a directory that is missing, damaged or hostile, for a model that does not fit, and where no
     source was recorded.
     """
@@ -140,6 +145,9 @@ def load(directory: str | os.PathLike[str], *, model: nn.Module | None = None) -
         filler = _filler(artifact, target)
         for name, tensor in track(artifact.tensors(), "loading", len(artifact.manifest.tensors)):
             filler.fill(name, tensor)
+        if artifact.manifest.dynamic is not None:
+            target = filler.model
+            target.budget = target.budget  # thresholds and the like follow from tensors that are here only now
     return target
 
 
@@ -271,14 +279,31 @@ def _marked(here: str) -> Iterator[None]:
 
 
 def _filler(artifact: Artifact, model: nn.Module) -> Filler:
-    entries, aliases = artifact.manifest.tensors, artifact.manifest.aliases
+    entries, aliases, plan = artifact.manifest.tensors, artifact.manifest.aliases, artifact.plan
+    cut = plan is not None and plan.structural
+    spare = copy.deepcopy(model) if cut and artifact.manifest.dynamic else model  # what was given gates cannot be cut
     try:
-        return Filler(model, entries, aliases)
+        return Filler(_gated(artifact, spare), entries, aliases)
     except ShapeMismatch as error:
-        plan = artifact.plan
-        if plan is None or not plan.structural:
+        if plan is None or not cut:
             raise
-        return Filler(_recut(artifact, model, plan, error), entries, aliases)
+        return Filler(_gated(artifact, _recut(artifact, model, plan, error)), entries, aliases)
+
+
+def _gates_of(model: nn.Module) -> dict[str, Any] | None:
+    """What secateur.json keeps of a `secateur.dynamic` model beside its tensors; None for any other."""
+    from secateur.dynamic import Dynamic
+
+    model = unwrapped(model)
+    return json.loads(json.dumps(model.facts)) if isinstance(model, Dynamic) else None
+
+
+def _gated(artifact: Artifact, model: nn.Module) -> nn.Module:
+    """`model` with the gates that the artifact tells of."""
+    from secateur.dynamic import rebuild
+
+    facts = artifact.manifest.dynamic
+    return model if facts is None else rebuild(model, facts)
 
 
 def _recut(artifact: Artifact, model: nn.Module, plan: Plan, mismatch: ShapeMismatch) -> nn.Module:

@@ -25,7 +25,9 @@ README = "README.md"
 #: Files that `sc.save` writes itself; `extra_files` must have other names.
 OWN_FILES = (NAME, WEIGHTS, PACKED, MASKS, RECIPE, REPORT, README)
 
-VERSION = 2  #: of the format. A reader refuses later ones. 1 is written unless weights are packed, which came with 2.
+#: Of the format. A reader refuses later ones. 1 is written unless weights are packed, which came with 2, or the model has
+#: gates (`secateur.dynamic`), which came with 3.
+VERSION = 3
 SIZE_CAP = 32_000_000  #: bytes of secateur.json that are read at most
 _PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")
 _STRICT = ConfigDict(strict=True, extra="forbid", frozen=True)
@@ -70,6 +72,7 @@ class Manifest(BaseModel):
     aliases: dict[str, str] = Field(default_factory=dict)  #: further name of a tied tensor -> name it is stored under
     masks: dict[str, Literal["nonzero", "stored"]] = Field(default_factory=dict)  #: "nonzero": true where the weight is not 0
     plan: dict[str, Any] | None = None
+    dynamic: dict[str, Any] | None = None  #: method, options and budget of the gates; not written where there are none
     files: dict[str, FileEntry]
 
     @property
@@ -87,7 +90,7 @@ class Manifest(BaseModel):
 
 def dump(manifest: Manifest) -> bytes:
     """The text of ``secateur.json``, with a checksum of itself as the last entry."""
-    content = manifest.model_dump()
+    content = manifest.model_dump(exclude={"dynamic"} if manifest.dynamic is None else None)
     text = _pretty({**content, "checksum": _checksum(content)}).encode()
     if len(text) > SIZE_CAP:
         raise ArtifactError(f"{NAME} would have {len(text)} bytes; only {SIZE_CAP} are read back. The plan is too large.")

@@ -79,6 +79,7 @@ class Filler:
     """
 
     def __init__(self, model: nn.Module, entries: Mapping[str, TensorEntry], aliases: Mapping[str, str]):
+        self.model = model
         self._slots = _slots(unwrapped(model))
         self._groups: dict[str, list[str]] = {name: [name] for name in entries}
         for alias, name in aliases.items():

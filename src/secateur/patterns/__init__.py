@@ -11,7 +11,7 @@ from secateur.patterns.block import block
 from secateur.patterns.element import element, neuron, row
 from secateur.patterns.nm import n_m
 from secateur.patterns.reduce import REDUCTIONS, reduce
-from secateur.patterns.units import Units, channel, ffn, head, head_dim, layer, width
+from secateur.patterns.units import Units, channel, ffn, ffn_head, head, head_dim, layer, width
 from secateur.registry import Registry
 from secateur.types import Pattern
 
@@ -24,6 +24,7 @@ PATTERNS.register("block", source="Narang et al. 2017, Block-Sparse Recurrent Ne
 PATTERNS.register("channel", source="Li et al. 2017; Fang et al. 2023, DepGraph")(channel)
 PATTERNS.register("ffn", source="Li et al. 2017; Frantar and Alistarh 2023, ZipLM, for transformers")(ffn)
 PATTERNS.register("head", source="Michel et al. 2019, Are Sixteen Heads Really Better than One?")(head)
+PATTERNS.register("ffn_head", source="Michel et al. 2019; Liang et al. 2023, HomoDistil")(ffn_head)
 PATTERNS.register("head_dim", source="Ma et al. 2023, LLM-Pruner")(head_dim)
 PATTERNS.register("layer", source="Men et al. 2024, ShortGPT; Song et al. 2024, SLEB")(layer)
 PATTERNS.register("width", source="Ashkboos et al. 2024, SliceGPT; He et al. 2016 for residual dimensions")(width)

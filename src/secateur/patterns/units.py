@@ -63,6 +63,11 @@ def head(*, min_width: int = 1, combine: str = "together", normalize: str = "aut
     return Units("head", ("head",), 1, min_width, combine, normalize)
 
 
+def ffn_head(*, min_width: int = 1, combine: str = "together", normalize: str = "auto") -> Units:
+    """Feed-forward neurons and attention heads together: all that lies inside the blocks of a transformer."""
+    return Units("ffn_head", ("neuron", "head"), 1, min_width, combine, normalize)
+
+
 def head_dim(*, round_to: int = 1, min_width: int = 1, combine: str = "together", normalize: str = "auto") -> Units:
     """Dimensions inside attention heads, the same number in each head."""
     return Units("head_dim", ("head_dim",), round_to, min_width, combine, normalize)

@@ -176,6 +176,71 @@ def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry
     return y
 
 
+def gathers() -> bool:
+    """Whether the extension has `thin`, `combine` and `gather`: it is installed, and no build from before them."""
+    return hasattr(_extension, "gather")
+
+
+def thin(x: Tensor, weight: Tensor, threshold: float, bias: Tensor | None = None, isa: str = "") -> tuple[Tensor, int]:
+    """``x @ weight + bias`` of one vector ``x [..., in]``, as if inputs up to `threshold` in magnitude were zero.
+
+    Their rows of ``weight [in, out]`` are not read; NaN counts as large. Returns ``[..., out]`` and how many rows were read.
+    """
+    rows, columns = _dense(weight)
+    _check(x, bias, columns)
+    if x.numel() != rows or x.shape[-1] != rows or not x.is_contiguous():
+        raise LayerError(f"the weight {[rows, columns]} takes one contiguous vector [{rows}], got {list(x.shape)}")
+    y = torch.empty(*x.shape[:-1], columns)
+    pointers = (weight.data_ptr(), rows, columns, x.data_ptr(), threshold, _address(bias), y.data_ptr())
+    return y, extension().thin(*pointers, torch.get_num_threads(), isa)
+
+
+def combine(weight: Tensor, index: Tensor, factor: Tensor, bias: Tensor | None = None, isa: str = "") -> Tensor:
+    """``factor @ weight[index] + bias``: int32 ``index [n]`` and ``factor [n]`` of ``weight [rows, out]`` give ``[out]``."""
+    rows, columns = _dense(weight)
+    _check(factor, bias, columns)
+    count = _indices(index)
+    if factor.shape != (count,) or not factor.is_contiguous():
+        raise LayerError(f"{count} rows take as many contiguous factors, got {list(factor.shape)}")
+    y = torch.empty(columns)
+    pointers = (weight.data_ptr(), rows, columns, index.data_ptr(), factor.data_ptr(), count, _address(bias), y.data_ptr())
+    try:
+        extension().combine(*pointers, torch.get_num_threads(), isa)
+    except ValueError as error:
+        raise LayerError(str(error)) from None
+    return y
+
+
+def gather(x: Tensor, weight: Tensor, index: Tensor, bias: Tensor | None = None, activation: int = 0, isa: str = "") -> Tensor:
+    """``activation(weight[index] @ x + bias[index])``: int32 ``index [n]`` of ``weight [rows, in]``, one ``x [in]``."""
+    rows, columns = _dense(weight)
+    _check(x, bias, rows)
+    count = _indices(index)
+    if x.numel() != columns or not x.is_contiguous():
+        raise LayerError(f"the weight {[rows, columns]} takes one contiguous vector [{columns}], got {list(x.shape)}")
+    y = torch.empty(count)
+    pointers = (weight.data_ptr(), rows, columns, index.data_ptr(), count, x.data_ptr(), _address(bias), activation)
+    try:
+        extension().gather(*pointers, y.data_ptr(), torch.get_num_threads(), isa)
+    except ValueError as error:
+        raise LayerError(str(error)) from None
+    return y
+
+
+def _dense(weight: Tensor) -> tuple[int, int]:
+    """Rows and columns of a weight of which rows are chosen."""
+    if weight.dtype != torch.float32 or weight.dim() != 2 or weight.device.type != "cpu" or not weight.is_contiguous():
+        what = f"{weight.dtype} {list(weight.shape)} on {weight.device}"
+        raise LayerError(f"rows are chosen from a contiguous float32 matrix on the CPU, got {what}")
+    return weight.shape[0], weight.shape[1]
+
+
+def _indices(index: Tensor) -> int:
+    if index.dtype != torch.int32 or index.dim() != 1 or index.device.type != "cpu" or not index.is_contiguous():
+        raise LayerError(f"numbers of rows are contiguous int32 [n] on the CPU, got {index.dtype} {list(index.shape)}")
+    return len(index)
+
+
 def _images(x: Tensor, out: int, channels: int, geometry: Geometry) -> tuple[Tensor, Tensor]:
     """The input of a convolution, contiguous, and room for its output."""
     if x.dim() != 4 or x.shape[1] != channels:

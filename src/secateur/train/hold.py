@@ -178,7 +178,7 @@ class Held:
             state = self._optimizer.state.get(entry.parameter, {})
             for value in state.values():
                 if isinstance(value, Tensor) and value.shape == entry.parameter.shape:
-                    local(value).masked_fill_(entry.bits.to(value.device) == 0, 0)
+                    entry.clear(value)
         return None
 
     def _clear_history(self) -> None:

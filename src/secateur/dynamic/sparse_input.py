@@ -1,0 +1,105 @@
+"""A linear layer that treats small inputs as zero, and reads no weights for them where it pays."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from secateur.dynamic.gate import Gate
+from secateur.dynamic.kernels import by_kernel, turn
+from secateur.runtime import native
+
+_POINTS = 201  #: of the table of quantiles, and of the way of sparsities
+
+
+class SparseInput(Gate):
+    """``linear(x)`` with every input of magnitude at most a threshold taken as zero.
+
+    The threshold is the quantile of magnitudes at the sparsity that the budget gives this layer; at sparsity 0 only exact
+    zeros are left out. NaN is never left out.
+    """
+
+    quantiles: Tensor  #: ``[201]``: magnitude below which that share of the calibration inputs lies
+    way: Tensor  #: ``[201]``: sparsity of this layer for each sparsity of its block
+
+    def __init__(self, linear: nn.Module, *, swap: bool = False):
+        """`swap` says that the weight of `linear` is stored ``[in, out]``, as GPT-2 has it."""
+        super().__init__()
+        self.linear, self.swap = linear, swap
+        if not swap:
+            turn(self.weight)
+        self.register_buffer("quantiles", torch.zeros(_POINTS))
+        self.register_buffer("way", torch.linspace(0, 1, _POINTS, dtype=torch.float64))
+        self.threshold = 0.0
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """Of the layer inside, as that stores it."""
+        return self.linear.weight  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        """Of the layer inside."""
+        return self.linear.bias  # type: ignore[return-value]
+
+    @property
+    def macs(self) -> int:
+        """Dense multiply-adds for one position."""
+        return self.weight.numel()
+
+    def learn(self, magnitudes: Tensor) -> None:
+        """Take the table of quantiles from a sample of the inputs' magnitudes."""
+        ordered = magnitudes.sort().values
+        places = torch.linspace(0, len(ordered) - 1, _POINTS).round().long()
+        self.quantiles.copy_(ordered[places.to(ordered.device)])
+        self.quantiles[0] = 0.0
+
+    def set_way(self, block: Sequence[float], own: Sequence[float]) -> None:
+        """`own` is this layer's sparsity where the block's is `block`; both grow from 0 to 1."""
+        self.way.copy_(_interpolate(torch.linspace(0, 1, _POINTS, dtype=torch.float64), block, own))
+
+    def set_budget(self, budget: float) -> None:
+        """The block may compute `budget` of its multiply-adds; this layer's share follows from the way."""
+        self.set_sparsity(_lookup(self.way, 1 - budget))
+
+    def set_sparsity(self, sparsity: float) -> None:
+        """Leave out that share of the inputs, as the calibration data had them."""
+        self.threshold = _lookup(self.quantiles.double(), sparsity)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., in] -> [..., out]``."""
+        by_input = self.weight if self.swap else self.weight.t()
+        if by_kernel(x, by_input):
+            y, kept = native.thin(x, by_input, self.threshold, self.bias)
+            if self.meter is not None:
+                computed = torch.tensor([kept * (self.macs // x.shape[-1])], dtype=torch.float64)
+                self.spend(computed, torch.full_like(computed, self.macs))
+            return y
+        small = x.abs() <= self.threshold
+        if self.meter is not None:
+            self._record(small)
+        return self.linear(x.masked_fill(small, 0))
+
+    def _record(self, small: Tensor) -> None:
+        outputs, inputs = self.macs // small.shape[-1], small.reshape(len(small) if small.dim() > 1 else 1, -1)
+        kept = (~inputs).sum(1).double()
+        self.spend(kept * outputs, torch.full_like(kept, inputs.shape[1] * outputs))
+
+
+def _lookup(table: Tensor, at: float) -> float:
+    """A table over [0, 1] in equal steps, between its points linearly."""
+    place = min(max(at, 0.0), 1.0) * (len(table) - 1)
+    low = min(int(place), len(table) - 2)
+    first, second = table[low : low + 2].tolist()
+    return first + (place - low) * (second - first)
+
+
+def _interpolate(at: Tensor, x: Sequence[float], y: Sequence[float]) -> Tensor:
+    """``y(at)`` on the polygon through ``(x, y)``, x growing."""
+    xs, ys = torch.tensor(x, dtype=torch.float64), torch.tensor(y, dtype=torch.float64)
+    right = torch.searchsorted(xs, at).clamp(1, len(xs) - 1)
+    span = (xs[right] - xs[right - 1]).clamp(min=1e-12)
+    share = ((at - xs[right - 1]) / span).clamp(0, 1)
+    return ys[right - 1] + share * (ys[right] - ys[right - 1])
