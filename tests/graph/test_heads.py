@@ -173,7 +173,8 @@ def test_falcon_loses_queries_of_its_one_key_and_value():
 
 
 def test_falcon_loses_groups_and_queries_of_every_group():
-    smaller, _ = pruned_heads("Falcon", {**FALCON, "num_attention_heads": 8, "num_kv_heads": 2, "new_decoder_architecture": True})
+    grouped = {**FALCON, "num_attention_heads": 8, "num_kv_heads": 2, "new_decoder_architecture": True}
+    smaller, _ = pruned_heads("Falcon", grouped)
     attention = smaller.transformer.h[0].self_attention
     assert (attention.num_heads, attention.num_kv_heads) == (4, 2)
     assert attention.query_key_value.weight.shape == (2 * (2 + 2) * 4, 32)

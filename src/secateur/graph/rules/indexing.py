@@ -68,7 +68,7 @@ def index(c: Coupler, node: Node) -> list[list[Dim]] | None:
 
 
 def _needed(own: Dim, index: Tensor | None) -> Dim:
-    """What must stay so that an index goes on picking the same: all up to it, or all from it on where it counts from the end."""
+    """What must stay so that an index goes on picking the same: all up to it, or all from it on if it counts from the end."""
     if own is None or index is None:
         return own
     places = index.flatten().tolist()
