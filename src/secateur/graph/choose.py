@@ -144,10 +144,12 @@ def rivals_of(all_of_them: Sequence[Competitor], scope: str) -> list[list[Compet
 
 def _widths(rivals: Sequence[Competitor], sparsity: float, round_to: int, min_width: int) -> list[int]:
     """The width of each rival after the steps with the lowest mean scores, down the ladders of allowed widths, are taken."""
+    target = removed_count(sum(r.units for r in rivals), sparsity)
+    if len(rivals) == 1 and round_to == 1:  # one ladder of single units: as many steps down as fit
+        return [rivals[0].units - min(target, max(rivals[0].units - min_width, 0))]
     steps = [steps_down(r.ranked, round_to, min_width) for r in rivals]
     means, sizes = (np.concatenate([own.cpu().numpy() for own in part]) for part in zip(*steps, strict=True))
     owner = np.repeat(np.arange(len(rivals)), [len(m) for m, _ in steps])
-    target = removed_count(sum(r.units for r in rivals), sparsity)
     # Among equal scores the lower index is kept: so the order of removal is the flipped order of a stable descending sort.
     order = np.argsort(-means, kind="stable")[::-1]
     taken = order[2 * sizes[order].cumsum() - sizes[order] <= 2 * target]  # at least half of the last step fits

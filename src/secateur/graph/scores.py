@@ -88,7 +88,8 @@ class _Saliency:
         self.layers, _ = find_layers(model)
         self.tensors = dict(model.named_parameters(remove_duplicate=False))
         self.scores, self.reduction = scores, reduction
-        self._found: dict[str, dict[int, Tensor]] = {}
+        self._found: dict[tuple[str, int], Tensor | None] = {}
+        self._sums: dict[str, tuple[Tensor, Tensor] | None] = {}
         self._scratch = torch.empty(0)
 
     def slice_size(self, name: str, dim: int) -> float:
@@ -98,14 +99,18 @@ class _Saliency:
 
     def along(self, name: str, dim: int) -> Tensor | None:
         """``[indices of dim]``, or None for what is no weight or has no saliency."""
-        if name not in self._found:
+        if name not in self._sums:
             score = self._of(name)
-            if score is None:
-                self._found[name] = {}
-            else:
-                made = self._highest(score) if self.reduction == "max" else self._summed(score)
-                self._found[name] = {d: values.double().cpu() for d, values in enumerate(made)}
-        return self._found[name].get(dim)
+            self._sums[name] = None if score is None else self._folded(score)
+        sums = self._sums[name]
+        if sums is None:
+            return None
+        if (name, dim) not in self._found:
+            first, block = sums
+            over = [d for d in range(block.ndim) if d != dim - 1]
+            values = first if dim == 0 else block if not over else block.amax(over) if self._highest else block.sum(over)
+            self._found[name, dim] = values.double().cpu()
+        return self._found[name, dim]
 
     def _of(self, name: str) -> Tensor | None:
         """The saliency of each weight as it is stored; for l1 the weight itself, of which magnitudes are taken."""
@@ -120,12 +125,19 @@ class _Saliency:
             given = self.scores(name, layer.canonical(weight.detach()) if layer else weight.detach())  # type: ignore[operator]
         return layer.stored(given) if layer and given is not None else given
 
-    def _highest(self, score: Tensor) -> list[Tensor]:
-        score = score.abs() if self.scores == "l1" else score
-        return [score.amax([other for other in range(score.ndim) if other != d]) for d in range(score.ndim)]
+    @property
+    def _highest(self) -> bool:
+        return self.reduction == "max"
 
-    def _summed(self, score: Tensor) -> list[Tensor]:
-        """The sums over all dimensions but each, by products with ones: the fastest of sums."""
+    def _folded(self, score: Tensor) -> tuple[Tensor, Tensor]:
+        """The sums over all dimensions but the first, and over the first; or the maxima."""
+        if self._highest:
+            score = score.abs() if self.scores == "l1" else score
+            return score.flatten(1).amax(1), score.amax(0)
+        return self._summed(score)
+
+    def _summed(self, score: Tensor) -> tuple[Tensor, Tensor]:
+        """By products with ones, the fastest of sums."""
         score = score if score.is_floating_point() else score.double()
         kind = score.dtype if score.dtype == torch.float64 else torch.float32
         n, inner = len(score), score.shape[1:].numel()
@@ -146,10 +158,7 @@ class _Saliency:
             matrix = made.view(len(part), inner)
             torch.mv(matrix, across, out=rows[start : start + len(part)])
             columns.addmv_(matrix.t(), down[: len(part)])
-        block = columns.view(score.shape[1:])
-        return [rows] + [
-            block.sum([o for o in range(block.ndim) if o != d]) if block.ndim > 1 else block for d in range(block.ndim)
-        ]
+        return rows, columns.view(score.shape[1:])
 
     def _room(self, size: int, kind: torch.dtype, device: torch.device) -> Tensor:
         """Memory that is used again and again: asking for new pages takes longer than the sums."""
