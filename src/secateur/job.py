@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import nn
@@ -20,6 +20,7 @@ from secateur.stats import Calibration, collect
 from secateur.stats.blocks import grams_in_turn
 from secateur.stats.samples import layers_in_turn
 from secateur.types import LayerStats, Need, Pattern, Schedule
+from secateur.vision_language.groups import find_groups, within
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Job:
     loss: Loss | None
     example: Batch | None
     train_loss: Loss | None = None  #: what fine-tuning minimises
+    groups: Mapping[str, Sequence[str]] | None = None  #: layers that are compared among themselves only
 
     @property
     def pattern_name(self) -> str:
@@ -145,7 +147,20 @@ def prepare(
     )
     if example is None and batches is not None:
         example = next(iter(batches))
-    return Job(recipe, method, sparsity, _schedule(recipe), layers, skipped, batches, training, loss, example)
+    job = Job(recipe, method, sparsity, _schedule(recipe), layers, skipped, batches, training, loss, example)
+    return job if recipe.groups is None else _grouped(job, model)
+
+
+def _grouped(job: Job, model: nn.Module) -> Job:
+    """The job whose allocation compares the layers of each of the recipe's groups among themselves."""
+    assert job.recipe.groups is not None
+    if job.method.pattern.sparsity is not None:
+        raise RecipeError(
+            f"pattern {job.method.pattern.name} removes the same from every layer, so groups have nothing to "
+            "decide: leave them out"
+        )
+    groups = find_groups(model, job.layers, job.recipe.groups, job.example, seed=job.recipe.seed)
+    return replace(job, groups=groups, method=replace(job.method, allocation=within(groups, job.method.allocation)))
 
 
 def check_budget(amount: Amount, pattern: Pattern) -> None:

@@ -45,6 +45,13 @@ class Layer:
         """Whether what the weight multiplies is what its module is given: in linear layers and convolutions."""
         return isinstance(self.module, (nn.Linear, *CONVOLUTIONS)) or _is_conv1d(self.module)
 
+    @property
+    def groups(self) -> int:
+        """Into how many equal shares the outputs fall that have inputs of their own: groups of a convolution, or q, k and v."""
+        if isinstance(self.module, nn.MultiheadAttention):
+            return 3 if self.name.endswith("in_proj_weight") else 1
+        return int(getattr(self.module, "groups", 1)) if isinstance(self.module, CONVOLUTIONS) else 1
+
     def stored_dim(self, canonical: int) -> int:
         """The stored dimension of the canonical dimension 0 or 1."""
         return 1 - canonical if self.swap else canonical

@@ -33,10 +33,12 @@ from secateur.report.html import render
 from secateur.resume import Progress
 from secateur.selection import choose, solve
 from secateur.solved import SolvedSoFar
+from secateur.stats.reads import is_multimodal
 from secateur.structured import UnitJob, choose_units, cut_units, prepare_units
 from secateur.train.distill import Distillation
 from secateur.train.finetune import finetune
 from secateur.types import Budget, LayerPlan, MaskSet, Measurement, Plan, Point, Report, Result, Sensitivity, Solved
+from secateur.vision_language.groups import collapse_notes, modality_groups
 
 log = logging.getLogger("secateur")
 RecipeLike = Recipe | Mapping[str, Any] | str | Path | None
@@ -320,6 +322,9 @@ def _report(
     if collapsed := [layer.name for layer in layers if layer.kept == 0 and not plan.dropped]:
         notes.append(f"these layers lost every weight and pass nothing on: {', '.join(collapsed)}")
         log.warning("%s", notes[-1])
+    for note in collapse_notes(plan.layers, _groups(job, outcome.model)):
+        notes.append(note)
+        log.warning("%s", note)
     metric = next(iter(after.quality), None)
     if metric is not None:
         points.append(_point(job, plan.sparsity, after.quality))
@@ -336,6 +341,16 @@ def _report(
         environment=environment(seed=job.recipe.seed),
         seconds=seconds,
     )
+
+
+def _groups(job: Job | UnitJob, model: nn.Module) -> Mapping[str, Sequence[str]] | None:
+    """Layers by modality, of a model that reads more than one: the recipe's groups, or those that are found."""
+    if isinstance(job, Job):
+        if job.groups is not None:
+            return job.groups
+        if job.example is not None and is_multimodal(job.example):
+            return modality_groups(model, job.layers, job.example, seed=job.recipe.seed)
+    return None
 
 
 def _achieved(budget: Budget | None, after: Measurement, *, masked: bool) -> Budget | None:

@@ -129,6 +129,9 @@ class Recipe(_Strict):
     """How much each layer loses. By default global, and uniform for n:m. Of units cut out: uniform (the default), global,
     or isomorphic, by which those of groups that do the same in different blocks compete; sensitivity, by the curves of a
     scan; and of a budget gain (the default of milliseconds), which loses the least score for what it saves."""
+    groups: Literal["modality"] | dict[str, tuple[str, ...]] | None = None
+    """Layers that are compared among themselves only, each group losing the whole sparsity: "modality" finds those that read
+    pixels, tokens and both; or names of parameters or modules, by group: {vision = ["vision_model"], text = ["text_model"]}."""
     schedule: Piece = "one-shot"
     """How the sparsity grows over the steps."""
     regrow: Piece = "none"
@@ -182,6 +185,8 @@ class Recipe(_Strict):
         for key in ("layers", "ignore", "force"):
             if isinstance(data.get(key), list):
                 data[key] = tuple(data[key])
+        if isinstance(data.get("groups"), Mapping):
+            data["groups"] = {k: tuple(v) if isinstance(v, list) else v for k, v in data["groups"].items()}
         try:
             return cls.model_validate(data)
         except ValidationError as error:

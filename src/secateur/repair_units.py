@@ -23,6 +23,7 @@ from secateur.stats import nonfinite
 from secateur.stats.follow import Sight, follow
 from secateur.stats.gram import input_rows, output_rows
 from secateur.stats.guard import listed, untouched
+from secateur.stats.reads import Reads, reads_of
 from secateur.types import Plan
 
 log = logging.getLogger("secateur")
@@ -75,13 +76,14 @@ def refit(
         stack.enter_context(untouched(smaller, [], seed))
         stack.enter_context(torch.no_grad())
         kept = list(track(batches, "read the calibration data"))
+        reads = reads_of(model, batches, seed)
         steps = _order(smaller, {n: small[n] for n in lost if small[n].reads_input}, kept[0])
         if bias_only:
             steps = [step for step in steps if step.shift is not None]
         for some in _portions(steps, kept):
-            wanted = _wanted(model, {s.layer.name: layers[s.layer.name] for s in some}, lines, kept)
+            wanted = _wanted(model, {s.layer.name: layers[s.layer.name] for s in some}, lines, kept, reads)
             for step in some:
-                moments = step.look(smaller, kept, [batch.pop(step.layer.name) for batch in wanted])
+                moments = step.look(smaller, kept, [batch.pop(step.layer.name) for batch in wanted], reads)
                 tensors |= step.write(smaller, moments, bias_only)
     left = [n for n in lost if n not in {step.layer.name for step in steps}]
     notes = [f"these layers lost inputs and were not repaired, as they have no bias or show no inputs: {listed(left)}"]
@@ -139,7 +141,9 @@ class _Step:
     shift: str | None  #: the parameter or buffer that takes the shift
     sign: int
 
-    def look(self, smaller: nn.Module, batches: list[Batch], wanted: list[list[_Wanted]]) -> tuple[_Moments, _Moments]:
+    def look(
+        self, smaller: nn.Module, batches: list[Batch], wanted: list[list[_Wanted]], reads: Reads | None
+    ) -> tuple[_Moments, _Moments]:
         """Moments over the first half of each batch and over the second: inputs of `smaller`, targets from the dense model."""
         groups = int(getattr(self.layer.module, "groups", 1))
         out, d = self.layer.shape[0] // groups, self.layer.shape[1:].numel()
@@ -148,9 +152,8 @@ class _Step:
             _Moments(*(self.layer.parameter.new_zeros(groups, *s, dtype=torch.float64) for s in shapes)) for _ in range(2)
         )
         for index, batch in enumerate(track(batches, f"repair {self.layer.name}")):
-            for sight, aim in zip(
-                follow(smaller, {self.layer.name: self.layer}, batch, self._enough), wanted[index], strict=True
-            ):
+            sights = follow(smaller, {self.layer.name: self.layer}, batch, self._enough, reads)
+            for sight, aim in zip(sights, wanted[index], strict=True):
                 target = _target(sight, aim)
                 half, start = target.shape[1] // 2, 0
                 for x in input_rows(sight.call):
@@ -203,13 +206,17 @@ class _Wanted:
 
 
 def _wanted(
-    model: nn.Module, layers: Mapping[str, Layer], lines: Mapping[tuple[str, int], Tensor], batches: list[Batch]
+    model: nn.Module,
+    layers: Mapping[str, Layer],
+    lines: Mapping[tuple[str, int], Tensor],
+    batches: list[Batch],
+    reads: Reads | None,
 ) -> list[dict[str, list[_Wanted]]]:
     """For each batch the calls of each of `layers` in the dense model."""
     found = []
     for batch in track(batches, "outputs of the dense model"):
         calls: dict[str, list[_Wanted]] = {name: [] for name in layers}
-        for sight in follow(model, layers, batch, lambda _: False):
+        for sight in follow(model, layers, batch, lambda _: False, reads):
             output = sight.output if sight.total is None else sight.total
             rows = lines.get((sight.layer, layers[sight.layer].stored_dim(0)))
             if rows is not None:

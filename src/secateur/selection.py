@@ -149,7 +149,8 @@ class Scores(Mapping[str, UnitScores]):
         shape = self._layers[name].shape
         folded = self._method.pattern.fold(torch.empty(shape, device="meta"))
         groups, units, elements = folded.shape
-        return UnitScores(name, shape, groups, units, elements, functools.partial(self._compute, name), self._stats[name].curve)
+        compute, weigh = functools.partial(self._compute, name), functools.partial(self._weigh, name)
+        return UnitScores(name, shape, groups, units, elements, compute, self._stats[name].curve, weigh)
 
     @torch.no_grad()
     def _compute(self, name: str) -> Tensor:
@@ -162,9 +163,18 @@ class Scores(Mapping[str, UnitScores]):
             )
         scores = reduce(method.pattern.fold(saliency), method.reduction).float()
         self._check(name, scores)
+        return self._preferred(name, scores)
+
+    @torch.no_grad()
+    def _weigh(self, name: str) -> Tensor:
+        magnitudes = self._method.pattern.fold(self._stats[name].weight.abs())
+        return self._preferred(name, reduce(magnitudes, "sum").float())
+
+    def _preferred(self, name: str, scores: Tensor) -> Tensor:
+        """The scores with what `prefer` makes of units that were removed before."""
         if self._previous is not None and name in self._previous:
-            mask = layer.canonical(self._previous[name]).to(scores.device)
-            scores = self._prefer(scores, method.pattern.fold(mask).any(2))
+            mask = self._layers[name].canonical(self._previous[name]).to(scores.device)
+            scores = self._prefer(scores, self._method.pattern.fold(mask).any(2))
         return scores
 
     def _check(self, name: str, scores: Tensor) -> None:

@@ -220,6 +220,8 @@ def _check(recipe: Recipe, units: Units) -> float | None:
         raise RecipeError(
             "sparsity is missing: give the fraction of units to cut, such as sparsity=0.5, or a budget such as '50% MACs'"
         )
+    if recipe.groups is not None:
+        raise RecipeError(f"groups are for patterns that mask weights; pattern {units.name!r} cuts units out. Leave them out.")
     if recipe.solver != "keep":
         raise RecipeError(
             f"pattern {units.name!r} cuts units out; solver {recipe.solver!r} repairs masked weights. Leave it out."

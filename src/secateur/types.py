@@ -66,6 +66,7 @@ class LayerStats:
     output: Tensor | None = None
     movement: Tensor | None = None
     curve: Mapping[float, float] | None = None  #: relative output error by sparsity, for allocations that ask for it
+    groups: int = 1  #: into how many equal shares the outputs fall that have inputs of their own (grouped convolutions)
     samples: int = 0  #: how many samples the statistics saw
     seed: int = 0  #: seed of criteria that draw numbers; already mixed with the layer's position
 
@@ -83,6 +84,7 @@ class UnitNeed(enum.Enum):
     ACTIVATION_NORM = "activation_norm"  #: l2 norm of the unit's activations over all samples and positions
     GATE_ABS = "gate_abs"  #: mean over samples of |derivative of the loss by a factor on the whole unit|
     GATE_SQ = "gate_sq"  #: mean over samples of its square
+    VISUAL_RATIO = "visual_ratio"  #: of heads, for each sample: attention of text to visual positions, over that to all others
     BLOCK_CHANGE = "block_change"  #: 1 - cosine of a block's input and output, mean over positions
     BLOCK_LOSS = "block_loss"  #: how much the loss rises when the block is bypassed
 
@@ -96,7 +98,8 @@ class UnitNeed(enum.Enum):
 class UnitStats:
     """What is known of the units of a group in one of the tensors that they have slices in. Float32, units first.
 
-    `weight` is ``[units, elements]``, all else ``[units]``. Of whole blocks there is no weight: its `elements` are 0.
+    `weight` is ``[units, elements]``, `visual_ratio` ``[units, samples]``, all else ``[units]``. Of whole
+    blocks there is no weight: its `elements` are 0.
     """
 
     name: str
@@ -104,6 +107,7 @@ class UnitStats:
     activation_norm: Tensor | None = None
     gate_abs: Tensor | None = None
     gate_sq: Tensor | None = None
+    visual_ratio: Tensor | None = None
     block_change: Tensor | None = None
     block_loss: Tensor | None = None
 
@@ -155,6 +159,13 @@ class UnitScores:
     elements: int  #: weights that one unit stands for
     compute: Callable[[], Tensor]
     curve: Mapping[float, float] | None = None  #: relative output error by sparsity, where the allocation asked for it
+    weigh: Callable[[], Tensor] | None = None
+
+    def magnitudes(self) -> Tensor:
+        """As `scores`, by the sum of the magnitudes of a unit's weights, whatever the criterion."""
+        if self.weigh is None:
+            raise LookupError(f"layer {self.name!r} was made without its weights")
+        return self.weigh()
 
     @property
     def scores(self) -> Tensor:
@@ -461,6 +472,17 @@ class Point:
 
 
 @dataclass(frozen=True)
+class DialPoint:
+    """A model with gates at one budget: what its inputs cost on average and each, and its quality."""
+
+    budget: float
+    cost: float  #: mean share of the dense multiply-adds of the gated parts
+    quality: float
+    counts: tuple[int, ...]  #: inputs by their share, in equal steps from 0 to 1; the last counts what is above, too
+    own: bool = False  #: whether it is the budget that the model was left at
+
+
+@dataclass(frozen=True)
 class Report:
     """Everything needed to show what pruning cost and won. Plain data: `to_json` and `from_json` lose nothing."""
 
@@ -477,6 +499,7 @@ class Report:
     environment: Mapping[str, str] = field(default_factory=dict)
     seconds: float = 0.0
     budget: Budget | None = None  #: what the model was allowed to cost, where that was asked for
+    dial: tuple[DialPoint, ...] = ()  #: of a model with gates, by falling budget
 
     def to_json(self) -> dict[str, Any]:
         """Plain lists and dicts, as `from_json` reads them."""
@@ -497,6 +520,7 @@ class Report:
         data["points"] = tuple(Point(**p) for p in data["points"])
         data["notes"] = tuple(data["notes"])
         data["budget"] = Budget(**data["budget"]) if data.get("budget") else None
+        data["dial"] = tuple(DialPoint(**{**p, "counts": tuple(p["counts"])}) for p in data.get("dial", ()))
         return cls(**data)
 
 

@@ -21,7 +21,8 @@ from secateur.registry import Entry, bind, name_of
 from secateur.stats import collect
 from secateur.stats.activity import Part, Site, activity
 from secateur.stats.guard import listed
-from secateur.types import LayerStats, UnitStats
+from secateur.types import LayerStats, UnitNeed, UnitStats
+from secateur.vision_language.attention import attention_profile
 
 _WHERE = {
     "outputs": "the weights that make them",
@@ -177,7 +178,10 @@ def _by_units(
     facts = UNIT_CRITERIA[name].facts
     views = _views(model, groups, facts["on"])
     found: Mapping[str, Mapping[Any, Tensor]] = {}
-    if facts["needs"] and views:
+    if facts["needs"] == {UnitNeed.VISUAL_RATIO}:
+        assert batches is not None
+        found = _visual_ratios(model, views, batches, recipe.seed)
+    elif facts["needs"] and views:
         assert batches is not None
         found = activity(model, _sites(views, facts["on"]), facts["needs"], batches, loss=loss, seed=recipe.seed)
     parts: dict[int, list[Tensor]] = {}
@@ -188,6 +192,25 @@ def _by_units(
             parts.setdefault(view.group.id, []).append(score(stats).double().cpu())
     how = "mean" if units.combine == "together" else units.combine
     return {g: combined(p, how) for g, p in parts.items()}, ()
+
+
+def _visual_ratios(model: nn.Module, views: Iterable[_View], batches: Batches, seed: int) -> dict[str, dict[UnitNeed, Tensor]]:
+    """``[units, samples]`` of the heads of every view: of the attention module that the view's weight is of, or is within.
+
+    A head of keys that several heads of queries share counts with their mean. Raises LayerError for units that are no heads.
+    """
+    profile = attention_profile(model, batches, seed=seed)
+    found: dict[str, dict[UnitNeed, Tensor]] = {}
+    for view in views:
+        if view.group.kind != "head":
+            raise LayerError(f"visual attention is of heads, and {view.group.name!r} are units of kind {view.group.kind!r}")
+        parts = view.member.tensor.split(".")[:-1]
+        above = [".".join(parts[:i]) for i in range(len(parts), 0, -1)][:2]
+        name = next((n for n in above if n in profile.shares), None)
+        if name is not None:
+            ratio = profile.ratio(name).t()
+            found[view.name] = {UnitNeed.VISUAL_RATIO: ratio.reshape(view.group.units, -1, ratio.shape[1]).mean(1)}
+    return found
 
 
 @dataclass(frozen=True)

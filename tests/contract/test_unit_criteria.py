@@ -14,12 +14,13 @@ from secateur.criteria import CRITERIA, UNIT_CRITERIA
 from secateur.types import UnitNeed, UnitStats
 
 every = pytest.mark.parametrize("name", list(UNIT_CRITERIA))
-ON_UNITS = [n for n, e in UNIT_CRITERIA.items() if e.facts["on"] != "blocks"]
+ON_UNITS = [n for n, e in UNIT_CRITERIA.items() if e.facts["on"] != "blocks" and UnitNeed.VISUAL_RATIO not in e.facts["needs"]]
 
 
 def stats(units: int, elements: int) -> UnitStats:
     generator = torch.Generator().manual_seed(0)
     values = {n.value: torch.rand(units, generator=generator) for n in UnitNeed}
+    values["visual_ratio"] = torch.rand(units, 7, generator=generator)
     return UnitStats("a.weight", torch.randn(units, elements, generator=generator), **values)
 
 

@@ -50,7 +50,10 @@ def test_python_blocks_of_the_readme_run(tmp_path, monkeypatch):
         exec(compile(block, "README.md", "exec"), scope)
 
 
-@pytest.mark.parametrize("page", ["compression.md", "runtime.md", "structured.md", "training.md"])  # others need yours
+PAGES = ["compression.md", "runtime.md", "structured.md", "training.md", "vision_language.md"]  # others need yours
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_python_blocks_of_a_page_run(page, tmp_path, monkeypatch):
     """In order, in one scope: a page defines what it uses."""
     monkeypatch.chdir(tmp_path)

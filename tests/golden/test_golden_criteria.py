@@ -41,6 +41,13 @@ def test_lamp_by_hand():
     torch.testing.assert_close(found, torch.tensor([[1 / 18, 1.0], [4 / 13, 4 / 17]]))
 
 
+def test_multiflow_by_hand():
+    # flows |w| a: 2 2 / 6 0; into outputs 2 and 3, out of inputs 4 and 1; up to one factor for the layer
+    found = score("multiflow", weight=[[1.0, -2.0], [3.0, 0.0]], input_norm=[[2.0, 1.0]])
+    expected = torch.tensor([[1.0 * 2 * 4, 2.0 * 2 * 1], [3.0 * 3 * 4, 0.0]])
+    torch.testing.assert_close(found, expected / (3 * 4))
+
+
 def test_obd_by_hand():
     found = score("obd", weight=[[2.0, -3.0]], grad_sq=[[0.5, 4.0]])
     assert found.tolist() == [[1.0, 18.0]]
@@ -197,7 +204,7 @@ def test_the_needs_of_each_criterion():
     assert needs == {
         "magnitude": [], "random": [], "lamp": [], "taylor": ["grad"], "snip": ["grad_one"], "grasp": ["hessian_grad"],
         "synflow": ["synflow_grad"], "obd": ["grad_sq"], "wanda": ["input_norm"], "movement": ["movement"],
-        "woodfisher": ["grad_samples"],
+        "woodfisher": ["grad_samples"], "multiflow": ["input_norm"],
     }  # fmt: skip
 
 

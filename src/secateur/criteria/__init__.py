@@ -12,6 +12,7 @@ from secateur.criteria import (
     lamp,
     magnitude,
     movement,
+    multiflow,
     obd,
     random,
     snip,
@@ -19,11 +20,12 @@ from secateur.criteria import (
     taylor,
     wanda,
     woodfisher,
+    yopo,
 )  # fmt: skip
 from secateur.criteria.registry import CRITERIA, UNIT_CRITERIA, Criterion, criterion, unit_criterion
 
 __all__ = ["CRITERIA", "UNIT_CRITERIA", "Criterion", "criterion", "unit_criterion"]
 _BUILT_IN = (  # importing one registers it
-    activation, blocks, bn_scale, fpgm, gates, grasp, lamp, magnitude, movement, obd, random, snip, synflow, taylor, wanda,
-    woodfisher,
+    activation, blocks, bn_scale, fpgm, gates, grasp, lamp, magnitude, movement, multiflow, obd, random, snip, synflow,
+    taylor, wanda, woodfisher, yopo,
 )  # fmt: skip

@@ -181,8 +181,11 @@ class Batches(Iterable[Batch]):
 
 
 def check_batch(batch: Batch, index: int) -> None:
-    """Raise NonFiniteError where the floating-point inputs of batch number `index` hold NaN or infinite values."""
+    """Raise NonFiniteError where inputs of batch number `index` are NaN or infinite, DataError where all is padding."""
     args, kwargs = inputs_of(batch)
+    mask = token_mask(batch)
+    if mask is not None and not mask.any():
+        raise DataError(f"batch {index} of the data is all padding: its attention_mask is zero everywhere. Leave it out.")
     named = [(k, v) for k, v in kwargs.items() if isinstance(v, Tensor)]
     named += [("inputs", t) for t in pytree.tree_leaves(args) if isinstance(t, Tensor)]
     for name, tensor in named:

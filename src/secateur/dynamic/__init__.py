@@ -16,10 +16,24 @@ and is imported below. `secateur methods`, docs/methods.md, `sc.save` and `sc.lo
 tests/dynamic/test_contract.py wants a small model and its data for it, in tests/dynamic_cases.py.
 """
 
-from secateur.dynamic import dejavu, teal
+from secateur.dynamic import dejavu, early_exit, rnp, skip, teal, tokens
 from secateur.dynamic.cost import Costs
 from secateur.dynamic.gate import Gate
 from secateur.dynamic.module import Dynamic, dynamic, rebuild
 from secateur.dynamic.registry import DYNAMIC, Method
 
-__all__ = ["DYNAMIC", "Costs", "Dynamic", "Gate", "Method", "dejavu", "dynamic", "rebuild", "teal"]
+__all__ = [
+    "DYNAMIC",
+    "Costs",
+    "Dynamic",
+    "Gate",
+    "Method",
+    "dejavu",
+    "dynamic",
+    "early_exit",
+    "rebuild",
+    "rnp",
+    "skip",
+    "teal",
+    "tokens",
+]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from torch import Tensor, nn
 
-from secateur.dynamic.cost import Meter
+from secateur.dynamic.cost import Costs, Meter
 
 
 class Gate(nn.Module):
@@ -30,3 +33,22 @@ class Gate(nn.Module):
         """
         if self.meter is not None:
             self.meter.add(computed, dense)
+
+
+@contextmanager
+def recording(model: nn.Module) -> Iterator[Costs]:
+    """Inside, every call of `model` adds one entry for each of its inputs: what the gates in it spent."""
+    meter, gates = Meter(), [module for module in model.modules() if isinstance(module, Gate)]
+    handles = [
+        model.register_forward_pre_hook(lambda _, args, kwargs: meter.begin(args, kwargs), with_kwargs=True),
+        model.register_forward_hook(lambda *_: meter.end()),
+    ]
+    try:
+        for gate in gates:
+            gate.meter = meter
+        yield meter.costs
+    finally:
+        for gate in gates:
+            gate.meter = None
+        for handle in handles:
+            handle.remove()

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 from secateur.data.batches import Batch, Batches
-from secateur.dynamic.cost import Costs, Meter
-from secateur.dynamic.gate import Gate
-from secateur.dynamic.registry import DYNAMIC, Method
+from secateur.dynamic.cost import Costs
+from secateur.dynamic.curve import dial_report
+from secateur.dynamic.gate import Gate, recording
+from secateur.dynamic.registry import DYNAMIC, Method, Preparing
 from secateur.errors import ArtifactError, ModelError, RecipeError
 from secateur.measure.modes import evaluating
+from secateur.measure.quality import Evaluate
 from secateur.registry import bind
+from secateur.types import Report
 
 
 class Dynamic(nn.Module):
@@ -27,8 +31,7 @@ class Dynamic(nn.Module):
 
     def __init__(self, model: nn.Module, method: str, options: Mapping[str, Any] | None = None, budget: float = 1.0):
         super().__init__()
-        if any(isinstance(module, Gate) for module in model.modules()):
-            raise ModelError("the model has gates already: give the model from before them")
+        _check_ungated(model)
         self.method, self.options = method, dict(options or {})
         self.model = make(method, self.options).attach(model)
         if not self.gates:
@@ -78,20 +81,17 @@ class Dynamic(nn.Module):
         ...     gated(x)
         >>> print(costs.mean, costs.shares)                              # doctest: +SKIP
         """
-        meter, gates = Meter(), list(self.gates.values())
-        handles = [
-            self.model.register_forward_pre_hook(lambda _, args, kwargs: meter.begin(args, kwargs), with_kwargs=True),
-            self.model.register_forward_hook(lambda *_: meter.end()),
-        ]
-        try:
-            for gate in gates:
-                gate.meter = meter
-            yield meter.costs
-        finally:
-            for gate in gates:
-                gate.meter = None
-            for handle in handles:
-                handle.remove()
+        with recording(self.model) as costs:
+            yield costs
+
+    def report(
+        self, evaluate: Evaluate, *, budgets: Sequence[float] = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4), title: str | None = None
+    ) -> Report:
+        """Quality and the cost of every input along the dial, as a report: give it to `sc.save`, then `secateur report DIR`.
+
+        >>> sc.save(gated, "runs/gated", report=gated.report(accuracy))  # doctest: +SKIP
+        """
+        return dial_report(self, evaluate, budgets, title or f"{type(self.model).__name__} with {self.method}")
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -129,8 +129,13 @@ def dynamic(
     >>> gated.budget = 0.5                                               # doctest: +SKIP
     """
     batches, budget = Batches(data), _checked(budget)
-    make(method, options)  # refuse bad options before a large model is copied
-    gated = Dynamic(model if inplace else copy.deepcopy(model), method, options)
+    made = make(method, options)  # refuses bad options before a large model is copied
+    _check_ungated(model)
+    model = model if inplace else copy.deepcopy(model)
+    if isinstance(made, Preparing):
+        with evaluating(model), torch.no_grad():
+            options = {**options, **made.prepare(model, batches)}
+    gated = Dynamic(model, method, options)
     with evaluating(gated):
         make(method, options).calibrate(gated.model, batches)
     gated.budget = budget
@@ -152,6 +157,11 @@ def rebuild(model: nn.Module, facts: Any) -> Dynamic:
 def make(method: str, options: Mapping[str, Any]) -> Method:
     """The method `method` with its options bound and checked."""
     return bind(DYNAMIC, {**options, "name": method})[1]()
+
+
+def _check_ungated(model: nn.Module) -> None:
+    if any(isinstance(module, Gate) for module in model.modules()):
+        raise ModelError("the model has gates already: give the model from before them")
 
 
 def _checked(budget: float) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
 
@@ -22,7 +22,20 @@ class Method(Protocol):
         ...
 
     def calibrate(self, model: nn.Module, data: Batches) -> None:
-        """Fill the gates' buffers. `model` is what `attach` returned, in evaluation mode; all else in it stays as it is."""
+        """Fill the gates' buffers. `model` is what `attach` returned, in evaluation mode; all else in it stays as it is,
+        unless the method is one that trains the model and says so."""
+        ...
+
+
+@runtime_checkable
+class Preparing(Protocol):
+    """A method some of whose options follow from the model as it runs: the size of a feature, the number of classes."""
+
+    def prepare(self, model: nn.Module, data: Batches) -> dict[str, Any]:
+        """Those options, as plain JSON; they are saved with the user's, so that `attach` has them again without data.
+
+        `model` has no gates yet and is in evaluation mode, without gradients.
+        """
         ...
 
 

@@ -10,7 +10,7 @@ from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 from secateur.errors import SecateurError
-from secateur.report import charts, picture, rows, terms
+from secateur.report import charts, dial, picture, rows, terms
 from secateur.report import format as fmt
 from secateur.report.metric import Metric, main_metric
 from secateur.report.svg import SERIES, to_svg
@@ -43,6 +43,7 @@ def render(report: Report) -> str:
         "layers": _layers(report),
         "sensitivity": _sensitivity(report, metric),
         "curves": _curves(report.points, metric, report),
+        "dial": _dial(report, metric),
         "histograms": _histograms(report.layers),
         "masks": _masks(report.layers),
         "skipped": report.skipped,
@@ -75,7 +76,7 @@ def render_comparison(reports: Sequence[Report], title: str = "Comparison") -> s
 
 def empty_context() -> dict[str, Any]:
     """Every part of the page, left out."""
-    parts = ("timings", "layers", "sensitivity", "curves", "histograms", "masks", "runs")
+    parts = ("timings", "layers", "sensitivity", "curves", "dial", "histograms", "masks", "runs")
     return {"tiles": (), "rows": (), "seconds": "", "skipped": {}, "notes": (), "recipe": "", **dict.fromkeys(parts)}
 
 
@@ -129,6 +130,9 @@ def _tiles(report: Report) -> tuple[dict[str, str], ...]:
     tiles = [{"label": "Weights removed", "value": fmt.share(rows.removed(report)), "detail": ""}]
     kept = f"{fmt.count(report.after.nonzeros)} of {fmt.count(report.before.parameters)} parameters are left"
     tiles[0]["detail"] = kept
+    for point in (p for p in report.dial if p.own):
+        detail = f"of the gated multiply-adds, within a budget of {fmt.share(point.budget)}"
+        tiles = [{"label": "Computed on average", "value": fmt.share(point.cost), "detail": detail}]
     quality = metric.label if metric else ""
     for label, name in ((quality, quality), (rows.DISK, rows.DISK), (rows.LATENCY, "Latency")):
         row = table.get(label)
@@ -213,6 +217,11 @@ def _curves(points: Sequence[Point], metric: Metric | None, report: Report) -> d
         "metric": metric,
         "best": sum(row.best for row in table),
     }
+
+
+def _dial(report: Report, metric: Metric | None) -> dict[str, Any] | None:
+    metric = metric or Metric.of("quality", [p.quality for p in report.dial])
+    return dial.section(report.dial, metric, inline_svg, _HALF)
 
 
 def _histograms(layers: Sequence[LayerReport]) -> dict[str, Any] | None:

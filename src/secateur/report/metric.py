@@ -77,6 +77,6 @@ def metric_named(report: Report, name: str) -> Metric:
     """The metric `name` with its unit read off every value of it in the report."""
     values = [m.quality[name] for m in (report.before, report.after) if name in m.quality]
     if name == report.metric:
-        values += [p.quality for p in report.points]
+        values += [p.quality for p in report.points] + [p.quality for p in report.dial]
         values += [q for s in report.sensitivity for q in s.quality]
     return Metric.of(name, values)

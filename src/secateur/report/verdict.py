@@ -14,6 +14,9 @@ def verdict(report: Report) -> str:
     ``"90.0% of the weights are gone; accuracy went from 97.2% to 96.9%; 3.4x smaller on disk; not faster: zeros alone do not
     speed up dense kernels."``
     """
+    for point in (p for p in report.dial if p.own):
+        computed = f"{fmt.share(point.cost)} of the gated multiply-adds are computed on average"
+        return fmt.printable(f"{computed}, within a budget of {fmt.share(point.budget)}; {_quality(report)}.")
     return fmt.printable("; ".join([_weights(report), _quality(report), _disk(report), _speed(report)])) + "."
 
 

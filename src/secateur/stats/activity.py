@@ -18,6 +18,7 @@ from secateur.progress import track
 from secateur.stats import nonfinite
 from secateur.stats.gradients import scalar
 from secateur.stats.guard import ordinary, untouched
+from secateur.stats.reads import Reads, reads_of
 from secateur.stats.watch import Call
 from secateur.types import UnitNeed
 
@@ -94,7 +95,7 @@ def activity(
     The model is left as it was. Raises NonFiniteError for NaN or infinite activations, gradients or losses.
     """
     gated, compute = bool(_GATES & set(needs)), loss or default_loss
-    watch = _Watch(sites, gated)
+    watch = _Watch(model, sites, gated, reads_of(model, batches, seed))
     samples = 0
     with untouched(model, [], seed), torch.set_grad_enabled(gated):
         for index, batch in enumerate(track(batches, "calibrate")):
@@ -124,8 +125,10 @@ def _found(name: str, sums: _Sums, needs: Collection[UnitNeed], samples: int) ->
 class _Watch:
     """Hooks at all sites during a forward pass, and what they saw."""
 
-    def __init__(self, sites: Sequence[Site], gated: bool):
-        self.sites, self.gated = sites, gated
+    def __init__(self, model: nn.Module, sites: Sequence[Site], gated: bool, reads: Reads | None):
+        self.sites, self.gated, self._reads = sites, gated, reads
+        names = {id(m): n for n, m in model.named_modules()}
+        self._names = {s: [f"{names[id(s.module)]}.{p}" for p, _ in s.module.named_parameters(recurse=False)] for s in sites}
         self.sums = {p.name: _Sums.zero(p.count) for s in sites for p in s.parts}
         self._gates: list[tuple[Site, Tensor]] = []  # of the pass in hand, one for each call
 
@@ -149,7 +152,8 @@ class _Watch:
     def _look(self, site: Site, mask: Tensor | None, tensor: Tensor) -> Tensor:
         """Take in one call; what goes on is the tensor, through its gates where there are any."""
         dim = site.dim(tensor)
-        squares = Call(site.module, (), {}, mask).squares(tensor.movedim(dim, -1))
+        call = Call(site.module, (), {}, mask, self._reads, self._names[site])
+        squares = call.squares(tensor.movedim(dim, -1))
         for part in site.parts:
             self.sums[part.name].squares += part.fold(squares).cpu()
             self.sums[part.name].called = True

@@ -19,6 +19,7 @@ from secateur.layers import Layer
 from secateur.memory import total_memory
 from secateur.progress import advance
 from secateur.stats.collect import collect
+from secateur.stats.reads import reads_of
 from secateur.stats.replay import Holding, Trial, phase, record, watch
 from secateur.stats.spill import Spill
 from secateur.types import Need
@@ -157,13 +158,14 @@ def _replayed(
             yield from _passes(model, part, batches, seed, done)
         return
     _announce(trial, len(calls), parts, spill)
+    reads = reads_of(model, batches, seed)
     for i, (block, part) in enumerate(zip(blocks, parts, strict=True)):
         advance("blocks", i, len(blocks))
         left = {n: layer for n, layer in part.items() if n not in done}
         with holding(block):
             if left:
                 with phase(model, seed):
-                    grams = watch(model, block, left, calls, batches)
+                    grams = watch(model, block, left, calls, batches, reads)
                 yield grams
                 del grams
             if i + 1 < len(blocks):

@@ -22,6 +22,7 @@ from secateur.stats.gradients import SquaredGradients, Sums, gradients, hessian_
 from secateur.stats.gram import Grams
 from secateur.stats.guard import check_reached, listed, ordinary, untouched
 from secateur.stats.inputs import InputNorms
+from secateur.stats.reads import Reads, check_modalities, inputs_by_modality, reads_of
 from secateur.stats.samples import SampleGradients
 from secateur.stats.synflow import synflow_gradient
 from secateur.types import LayerStats, Need
@@ -56,7 +57,8 @@ def collect(
     ``.grad`` fields, hooks and the random state are as before, even when the pass is interrupted. `loss` is the mean over a
     batch's samples, by default the model's own or cross-entropy; gradients are means over samples, so that for such a loss
     nothing depends on how samples are batched. A loss that is a mean over tokens weights tokens by batch. Padding
-    (``attention_mask``) is left out of input norms and Gram matrices. `example` serves SYNFLOW_GRAD where there are no batches.
+    (``attention_mask``) is left out of input norms and Gram matrices, wherever tokens stand among image positions. `example`
+    serves SYNFLOW_GRAD where there are no batches.
 
     ``weight`` of the result is a view of the parameter (a float32 copy of other types), so it follows later changes.
 
@@ -79,7 +81,8 @@ def collect(
         if layers and any(need.data for need in wanted):
             assert batches is not None
             sizes = [size_of(batch) for batch in batches] if Need.GRAD_SAMPLES in wanted else []
-            one_pass = _Pass(model, layers, wanted, loss or default_loss, sizes)
+            reads = reads_of(model, batches, seed) if wanted & {Need.INPUT_NORM, Need.GRAM} else None
+            one_pass = _Pass(model, layers, wanted, loss or default_loss, sizes, reads)
             samples = one_pass.run(batches)
             found |= one_pass.results(batches)
             notes += one_pass.notes
@@ -98,6 +101,7 @@ def collect(
             samples=samples,
             seed=layer_seed(seed, name),
             row_samples=row_samples,
+            groups=layer.groups,
             **{need.value: tensors[name] for need, tensors in found.items()},  # type: ignore[arg-type]
         )
         for name, layer in layers.items()
@@ -108,12 +112,20 @@ def collect(
 class _Pass:
     """The state of one pass over the batches."""
 
-    def __init__(self, model: nn.Module, layers: Mapping[str, Layer], wanted: frozenset[Need], loss: Loss, sizes: list[int]):
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Mapping[str, Layer],
+        wanted: frozenset[Need],
+        loss: Loss,
+        sizes: list[int],
+        reads: Reads | None,
+    ):
         self.model, self.loss, self.wanted = model, loss, wanted
         self.layers = list(layers.values())
         self.differentiate = bool(wanted & _DIFFERENTIATED)
-        self.norms = InputNorms(model, layers) if Need.INPUT_NORM in wanted else None
-        self.grams = Grams(model, layers) if Need.GRAM in wanted else None
+        self.norms = InputNorms(model, layers, reads) if Need.INPUT_NORM in wanted else None
+        self.grams = Grams(model, layers, reads) if Need.GRAM in wanted else None
         self.watchers = [w for w in (self.norms, self.grams) if w is not None]
         self.mean = Sums(self.layers) if wanted & {Need.GRAD, Need.HESSIAN_GRAD} else None
         self.first = Sums(self.layers) if Need.GRAD_ONE in wanted else None
@@ -135,7 +147,10 @@ class _Pass:
     def run(self, batches: Batches) -> int:
         """Go through the batches once, or through the first where no more is needed; the number of samples seen."""
         first_only = not self.wanted & (_DIFFERENTIATED - {Need.GRAD_ONE} | {Need.INPUT_NORM, Need.GRAM})
+        modalities: set[str] = set()
         for index, batch in enumerate(_tracked(batches, "calibrate", limit=1 if first_only else None)):
+            modalities = modalities or set(inputs_by_modality(batch))
+            check_modalities(batch, index, modalities)
             self._add(index, ordinary(batch))
         return self.samples
 

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from secateur.data.batches import Batch, forward, token_mask
 from secateur.layers import Layer
 from secateur.stats.guard import ordinary
+from secateur.stats.reads import Reads
 from secateur.stats.watch import Call
 
 #: Normalisations that are a factor and a shift per channel in eval mode. Subclasses may do more, such as an activation.
@@ -71,17 +72,24 @@ class _Follower(TorchDispatchMode):
         return result
 
 
-def follow(model: nn.Module, layers: Mapping[str, Layer], batch: Batch, enough: Callable[[list[Sight]], bool]) -> list[Sight]:
+def follow(
+    model: nn.Module,
+    layers: Mapping[str, Layer],
+    batch: Batch,
+    enough: Callable[[list[Sight]], bool],
+    reads: Reads | None = None,
+) -> list[Sight]:
     """The calls of `layers` in the order of the forward pass on `batch`, which ends as soon as `enough` is true of them.
 
     From a layer's output the pass is followed through a BatchNorm, and through what hands a tensor on as it is (dropout in
     eval mode, identities), to the first sum with a tensor of the same shape: the end of a residual block. The tensors of the
-    sights are copies, which no operation in place changes. Call it in eval mode and without gradients.
+    sights are copies, which no operation in place changes. `reads` knows which positions are tokens where a model reads
+    more. Call it in eval mode and without gradients.
     """
     sights: list[Sight] = []
     batch = ordinary(batch)
     with ExitStack() as stack:
-        stack.enter_context(_hooks(model, layers, batch, sights, lambda: enough(sights)))
+        stack.enter_context(_hooks(model, layers, batch, sights, lambda: enough(sights), reads))
         stack.enter_context(_Follower(sights, lambda: enough(sights)))
         with suppress(_Enough):
             forward(model, batch)
@@ -90,14 +98,22 @@ def follow(model: nn.Module, layers: Mapping[str, Layer], batch: Batch, enough: 
 
 @contextmanager
 def _hooks(
-    model: nn.Module, layers: Mapping[str, Layer], batch: Batch, sights: list[Sight], enough: Callable[[], bool]
+    model: nn.Module,
+    layers: Mapping[str, Layer],
+    batch: Batch,
+    sights: list[Sight],
+    enough: Callable[[], bool],
+    reads: Reads | None,
 ) -> Iterator[None]:
     mask = token_mask(batch)
     given: dict[nn.Module, Call] = {}
 
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        args, kwargs = pytree.tree_map_only(Tensor, torch.clone, (args, kwargs))
-        given[module] = Call(module, args, kwargs, mask)
+    def before(names: tuple[str, ...]) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            args, kwargs = pytree.tree_map_only(Tensor, torch.clone, (args, kwargs))
+            given[module] = Call(module, args, kwargs, mask, reads, names)
+
+        return hook
 
     def after(name: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
@@ -115,9 +131,10 @@ def _hooks(
 
     with ExitStack() as stack:
         for layer in layers.values():
-            modules = {model.get_submodule(n.rpartition(".")[0]) for n in (layer.name, *layer.aliases)}
+            names = (layer.name, *layer.aliases)
+            modules = {model.get_submodule(n.rpartition(".")[0]) for n in names}
             for module in modules:  # a module shared under two names is one module
-                stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+                stack.callback(module.register_forward_pre_hook(before(names), with_kwargs=True).remove)
                 stack.callback(module.register_forward_hook(after(layer.name)).remove)
         for module in model.modules():
             if isinstance(module, _BatchNorm) and module.running_mean is not None:

@@ -26,6 +26,7 @@ from secateur.layers import CONVOLUTIONS, Layer
 from secateur.memory import total_memory
 from secateur.stats.inputs import attention_features
 from secateur.stats.parallel import active, agree, summed
+from secateur.stats.reads import Reads
 from secateur.stats.watch import Call, Watcher
 
 _CHUNK_BYTES = 32 << 20  # of input rows multiplied at once, in float32; what is summed beyond that is summed in float64
@@ -70,8 +71,8 @@ class Grams(Watcher[Rows]):
 
     unreadable = "have no Gram matrix here: leave the layer out with ignore=, or take a criterion and a solver that need none"
 
-    def __init__(self, model: nn.Module, layers: Mapping[str, Layer]):
-        super().__init__(model, layers)
+    def __init__(self, model: nn.Module, layers: Mapping[str, Layer], reads: Reads | None = None):
+        super().__init__(model, layers, reads)
         for layer in layers.values():
             _check_memory(layer)
         self._sums: dict[frozenset[str], Tensor] = {}

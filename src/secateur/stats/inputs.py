@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from secateur.errors import LayerError
 from secateur.layers import CONVOLUTIONS, TRANSPOSED, Layer
 from secateur.stats.parallel import summed
+from secateur.stats.reads import Reads
 from secateur.stats.swap import swapped
 from secateur.stats.watch import Call, Watcher
 
@@ -27,8 +28,8 @@ class InputNorms(Watcher[Tensor]):
         "cannot be seen from outside the module: leave the layer out with ignore=, or take a criterion that needs no norms"
     )
 
-    def __init__(self, model: nn.Module, layers: Mapping[str, Layer]):
-        super().__init__(model, layers)
+    def __init__(self, model: nn.Module, layers: Mapping[str, Layer], reads: Reads | None = None):
+        super().__init__(model, layers, reads)
         self._sums: dict[str, Tensor] = {}
 
     def reader(self, module: nn.Module, local: str) -> Reader | None:

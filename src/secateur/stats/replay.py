@@ -16,6 +16,7 @@ from secateur.layers import Layer
 from secateur.stats import nonfinite
 from secateur.stats.gram import Grams
 from secateur.stats.guard import check_reached, ordinary, untouched
+from secateur.stats.reads import Reads
 from secateur.stats.spill import Slot, Spill
 
 #: Makes a module's weights present for a while: for models whose weights are on disk.
@@ -91,10 +92,15 @@ def record(model: nn.Module, block: nn.Module, batches: Batches, spill: Spill) -
 
 
 def watch(
-    model: nn.Module, block: nn.Module, layers: Mapping[str, Layer], calls: list[Call], batches: Batches
+    model: nn.Module,
+    block: nn.Module,
+    layers: Mapping[str, Layer],
+    calls: list[Call],
+    batches: Batches,
+    reads: Reads | None = None,
 ) -> dict[str, Tensor]:
     """Gram matrices of `layers`, all of them within `block`, on the calls; nothing is handed on."""
-    watcher = Grams(model, layers)
+    watcher = Grams(model, layers, reads)
     for index, call in enumerate(calls):
         with watcher.recording({} if call.mask is None else {"attention_mask": call.mask}):
             call.run(block)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Generic, TypeVar
@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import PackedSequence
 from secateur.data.batches import Batch, token_mask
 from secateur.errors import LayerError
 from secateur.layers import Layer
+from secateur.stats.reads import Reads
 
 T = TypeVar("T")
 
@@ -23,10 +24,22 @@ _reading: ContextVar[bool] = ContextVar("reading", default=False)
 
 
 class Call:
-    """One call of a module: its arguments, and the padding mask of the batch it belongs to."""
+    """One call of a module: its arguments, and the padding mask of the batch it belongs to.
 
-    def __init__(self, module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], mask: Tensor | None):
+    Where a model reads more than tokens, `reads` knows which positions of what reaches the parameters `names` are tokens.
+    """
+
+    def __init__(
+        self,
+        module: Any,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        mask: Tensor | None,
+        reads: Reads | None = None,
+        names: Sequence[str] = (),
+    ):
         self.module, self.args, self.kwargs, self.mask = module, args, dict(kwargs), mask
+        self._reads, self._names = reads, names
         self.unmasked = False  #: whether an input with a positions dimension did not line up with the mask
 
     def argument(self, index: int, name: str) -> Any:
@@ -46,9 +59,12 @@ class Call:
         """``[..., features]`` as ``[n, features]``, padding left out."""
         data = data.detach()
         flat = data.reshape(-1, data.shape[-1])
-        if self.mask is None:
+        mask = self.mask
+        if mask is not None and self._reads is not None:
+            mask = self._reads.positions(self._names, tuple(data.shape), mask)
+        if mask is None:
             return flat
-        mask = self.mask.to(data.device)
+        mask = mask.to(data.device)
         if data.dim() >= 3 and data.shape[:2] == mask.shape:
             return data[mask].reshape(-1, data.shape[-1])
         if data.dim() == 2 and len(flat) == mask.numel():
@@ -62,7 +78,9 @@ class Watcher(ABC, Generic[T]):
 
     unreadable: str  #: what is wrong with layers that have no reader, and the remedy
 
-    def __init__(self, model: nn.Module, layers: Mapping[str, Layer]):
+    def __init__(self, model: nn.Module, layers: Mapping[str, Layer], reads: Reads | None = None):
+        self._reads = reads
+        self._names = {n: (layer.name, *layer.aliases) for n, layer in layers.items()}
         self._sources: list[tuple[nn.Module, str, Callable[[Call], T | None]]] = []
         self._unmasked: set[str] = set()
         for layer in layers.values():
@@ -125,7 +143,7 @@ class Watcher(ABC, Generic[T]):
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if _reading.get():
                 return
-            call = Call(module, args, kwargs, mask)
+            call = Call(module, args, kwargs, mask, self._reads, self._names[layer])
             token = _reading.set(True)
             try:
                 read = reader(call)

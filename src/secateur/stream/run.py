@@ -186,6 +186,8 @@ def _method(recipe: Recipe) -> tuple[Method, float]:
         raise RecipeError(f"pattern {recipe.pattern!r} cuts units, which needs the whole model: a stream masks weights")
     if recipe.steps > 1 or recipe.finetune is not None or recipe.reestimate_norms:
         raise RecipeError("a streamed checkpoint is pruned once, without training: leave out steps, finetune, reestimate_norms")
+    if recipe.groups is not None:
+        raise RecipeError("a stream prunes every layer by itself, so groups have nothing to decide: leave them out")
     if recipe.allocation not in (None, "uniform"):
         raise RecipeError(
             f"allocation {recipe.allocation!r} compares all layers before the first is pruned: a stream has 'uniform'"
