@@ -27,10 +27,10 @@ from torch import nn
 
 sys.path.insert(0, str(ROOT / "examples"))
 
-METHODS: dict[str, dict[str, Any]] = {"teal": {}, "dejavu": {}}
+METHODS: dict[str, dict[str, Any]] = {"teal": {"positions": 256}, "dejavu": {}}
 SPARSITIES = (0.25, 0.4, 0.5)
-SEQUENCES, LENGTH = 16, 256
-JUDGED, JUDGED_LENGTH = 24, 512
+SEQUENCES, LENGTH = 32, 128
+JUDGED, JUDGED_LENGTH = 12, 512
 PROMPT, TOKENS = 32, 48
 
 
@@ -76,7 +76,7 @@ def judge(rows: dict[str, Any], keep: Any, given: argparse.Namespace) -> None:
     """Perplexities and computed shares that are not in `rows` yet."""
     for method in ("dense", *given.methods):
         budgets = (1.0,) if method == "dense" else tuple(1 - s for s in SPARSITIES)
-        missing = [b for b in budgets if f"{method} {b:.2f}" not in rows]
+        missing = [b for b in sorted(budgets, key=lambda b: abs(b - 0.6)) if f"{method} {b:.2f}" not in rows]
         if not missing:
             continue
         loaded = smollm2()

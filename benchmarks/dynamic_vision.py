@@ -196,8 +196,8 @@ def choices(bench: Bench) -> None:
 
         bench.rows.keep(f"{name}/choices/own", {"quality": own, "share": cost(chosen)})
         others: dict[str, Any] = {
-            "of other images": lambda gate, x, own=chosen, g=generator: own[gate][torch.randint(1000, (len(x),), generator=g)],
-            "the most frequent": lambda gate, x, usual=usual: usual[gate],
+            "of other images": lambda gate, x, c=chosen, g=generator: c[gate][torch.randint(1000, (len(x),), generator=g)],
+            "the most frequent": lambda gate, x, u=usual: u[gate],
             "2 groups everywhere": lambda gate, x: 2,
             "3 groups everywhere": lambda gate, x: 3,
         }

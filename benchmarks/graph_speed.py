@@ -7,14 +7,14 @@ turns. Times are CPU seconds of one thread, so that other programs on the machin
 medians, its range the smallest and largest over the turns. Memory is what the process needs at its peak beyond what it held
 before (the model included), as a share of the model's own bytes; both cut in place, since a copy costs what is kept of the
 model in any case. The peer is given what it needs to run at all: the classifier to ignore, and for attention the number of
-heads. On heads of grouped-query attention it raises ("shape '[12, -1]' is invalid for input of size 256"), so that on Llama it
-gets an easier task: its attention projections keep their heads.
+heads. On heads of grouped-query attention it raises; where Llama "keeps its heads", both leave its attention projections alone.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import gc
 import json
 import logging
@@ -65,27 +65,32 @@ MODELS: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
     "swin_t": lambda: vision("swin_t"),
     "convnext_tiny": lambda: vision("convnext_tiny"),
     "llama_12_layers": lambda: llama(8000, 768, 2048, 12, 12, 4),
+    "llama_12_layers, keeps its heads": lambda: llama(8000, 768, 2048, 12, 12, 4),
     "densenet121": lambda: vision("densenet121"),
-    "llama_1b": lambda: llama(32000, 2048, 5632, 22, 32, 4),
+    "llama_1b, keeps its heads": lambda: llama(32000, 2048, 5632, 22, 32, 4),
 }
 
 
-def ours(model: nn.Module, example: Any) -> nn.Module:
+def ours(model: nn.Module, example: Any, heads: bool = True) -> nn.Module:
     """The smaller model, by Secateur."""
     graph = trace(model, example)
-    groups = choose_groups(graph, ("channel", "neuron", "head", "width"))
+    groups = choose_groups(graph, ("channel", "neuron", "head", "width") if heads else ("neuron", "width"))
     removed = select(graph, groups, unit_scores(model, groups, "l1"), 0.5)
     return cut(model, make_plan(graph, model, removed), inplace=True)
 
 
-def peer(model: nn.Module, example: Any) -> nn.Module:
+def peer(model: nn.Module, example: Any, cut_heads: bool = True) -> nn.Module:
     """The smaller model, by Torch-Pruning."""
     import torch_pruning as tp
 
     ignored = [m for n, m in model.named_modules() if n in ("fc", "head", "classifier", "classifier.2", "lm_head")]
     heads = {m.qkv: m.num_heads for m in model.modules() if hasattr(m, "qkv") and hasattr(m, "num_heads")}
-    if hasattr(model, "lm_head"):
-        ignored += [m for n, m in model.named_modules() if n.endswith(("q_proj", "k_proj", "v_proj"))]
+    projections = [m for n, m in model.named_modules() if n.endswith(("q_proj", "k_proj", "v_proj"))]
+    if projections and cut_heads:
+        of: Any = model.config
+        heads = {m: m.out_features * of.num_attention_heads // of.hidden_size for m in projections}
+    else:
+        ignored += projections
     extra: dict[str, Any] = {"num_heads": heads, "prune_num_heads": True, "head_pruning_ratio": 0.5} if heads else {}
     pruner = tp.pruner.BasePruner(
         model,
@@ -100,8 +105,10 @@ def peer(model: nn.Module, example: Any) -> nn.Module:
 
 
 def run(prune: Callable[[nn.Module, Any], nn.Module], model: nn.Module, example: Any) -> tuple[float, float, int, str]:
-    """CPU seconds, peak memory beyond what was held, as a share of the model, parameters left, and whether the result runs."""
-    model = copy.deepcopy(model)
+    """CPU seconds, peak memory beyond what was held, as a share of the model, parameters left, and whether the result runs.
+
+    The model is used up.
+    """
     size = sum(t.numel() * t.element_size() for t in model.state_dict().values())
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
@@ -129,14 +136,23 @@ def row(name: str, repeats: int, patience: float) -> dict[str, Any]:
     model, example = MODELS[name]()
     model.eval()
     found: dict[str, Any] = {"parameters": sum(p.numel() for p in model.parameters()), "ours": [], "peer": []}
-    run(ours, model, example)  # imports and caches that a first call fills are nobody's
+    large = found["parameters"] > 5e8  # then there is one at a time
+    if large:
+        del model
+
+    def one() -> nn.Module:
+        return MODELS[name]()[0].eval() if large else copy.deepcopy(model)
+
+    both = [functools.partial(f, **{key: "keeps its heads" not in name}) for f, key in ((ours, "heads"), (peer, "cut_heads"))]
+    run(both[0], one(), example)  # imports and caches that a first call fills are nobody's
     for _ in range(repeats):
-        found["ours"].append(run(ours, model, example))
+        found["ours"].append(run(both[0], one(), example))
         if "refused" in found:
             continue
+        given = one()
         signal.setitimer(signal.ITIMER_REAL, patience)
         try:
-            found["peer"].append(run(peer, model, example))
+            found["peer"].append(run(both[1], given, example))
         except Exception as error:  # the peer's failures belong in the table
             found["refused"] = f"{type(error).__name__}: {str(error).splitlines()[0][:90] if str(error) else ''}"
         finally:

@@ -13,7 +13,7 @@ from torch import nn
 import secateur as sc
 from secateur.dynamic.chosen import ChosenInputs, ChosenOutputs
 from secateur.dynamic.sparse_input import SparseInput
-from secateur.errors import BudgetError, ModelError, RecipeError
+from secateur.errors import ModelError, RecipeError
 from secateur.models.torchvision_shim import prepare_torchvision
 from secateur.runtime import native
 
@@ -132,7 +132,7 @@ def test_dejavu_learns_who_is_needed():
 def test_dejavu_refuses_a_budget_below_its_predictors_and_keeps_the_old_one():
     gated = sc.dynamic(residual(), method="dejavu", data=vectors(), budget=0.6, rank=4, steps=2)
     before = copy.deepcopy([g.counts for g in gated.gates.values() if hasattr(g, "counts")])
-    with pytest.raises(BudgetError, match="nearest"):
+    with pytest.raises(RecipeError, match="predictors themselves cost"):
         gated.budget = 0.05
     assert gated.budget == 0.6
     assert [g.counts for g in gated.gates.values() if hasattr(g, "counts")] == before

@@ -17,7 +17,7 @@ from secateur.dynamic.chosen import Choice, ChosenInputs, ChosenOutputs
 from secateur.dynamic.gate import Gate
 from secateur.dynamic.parts import Part, attention, feed_forward
 from secateur.dynamic.registry import DYNAMIC
-from secateur.errors import BudgetError, ModelError, RecipeError
+from secateur.errors import ModelError, RecipeError
 from secateur.layers import find_layers
 from secateur.progress import track
 from secateur.stats.replay import Call, phase
@@ -30,7 +30,7 @@ class Predictor(nn.Module):
 
     down: Tensor  #: ``[r, d]``
     up: Tensor  #: ``[units, r]``
-    offset: Tensor  #: ``[units]``
+    offset: Tensor  #: ``[units]``; minus infinity for units that are pruned
 
     def __init__(self, width: int, rank: int, units: int):
         super().__init__()
@@ -42,6 +42,11 @@ class Predictor(nn.Module):
     def macs(self) -> int:
         """Multiply-adds for one position."""
         return self.down.numel() + self.up.numel()
+
+    @property
+    def alive(self) -> int:
+        """Units that are not pruned."""
+        return int((self.offset > -torch.inf).sum())
 
     def forward(self, hidden: Tensor) -> Tensor:
         """``[..., d] -> [..., units]``; higher = more likely to be needed."""
@@ -74,19 +79,23 @@ class Chooser(Gate):
         if budget == 1:
             self.counts = None
             return
-        overhead = sum(p.macs for _, p in self.predictors) / self.dense
-        weight = self.fractions[0] + self.of_heads * self.fractions[1]
-        skipped = (1 - budget + overhead) / weight
-        units = (self.neurons.units if self.neurons else 1, self.heads.units if self.heads else 1)
-        shares = (1 - skipped, 1 - self.of_heads * skipped)
-        if any(part and share * n < 1 for part, share, n in zip(self.fractions, shares, units, strict=True)):
-            nearest = 1 + overhead - weight * min(1 - 1 / units[0], (1 - 1 / units[1]) / max(self.of_heads, 1e-9))
-            raise BudgetError(
-                f"{budget}", "of the multiply-adds", budget, math.ceil(nearest * 1000) / 1000, 1.0,
-                "the predictors themselves cost "
-                f"{overhead:.1%}, and one neuron and one head are always computed",
-            )  # fmt: skip
-        self.counts = (math.floor(shares[0] * units[0] + 1e-6), math.floor(shares[1] * units[1] + 1e-6))
+        neurons = self.neurons.units if self.neurons else 0
+        heads = self.heads.units if self.heads else 0
+        predicting = sum(p.macs for _, p in self.predictors) / self.dense
+        skipped = (1 - budget + predicting) / (self.fractions[0] + self.of_heads * self.fractions[1])
+        rounded = math.floor if neurons == 0 else round
+        kept_heads = rounded((1 - self.of_heads * skipped) * heads + 1e-9)
+        left = budget - predicting - (self.fractions[1] * kept_heads / heads if heads else 0.0)
+        kept_neurons = math.floor(left / self.fractions[0] * neurons + 1e-9) if neurons else 0
+        if (heads and kept_heads < 1) or (neurons and kept_neurons < 1):
+            raise RecipeError(
+                f"the budget {budget} cannot be met: the predictors themselves cost {predicting:.1%} of the multiply-adds they "
+                "decide on, and one neuron and one head are always computed. Ask for more, or take a smaller rank."
+            )
+        self.counts = (
+            min(kept_neurons, self.for_neurons.alive if self.for_neurons else 0),
+            min(kept_heads, self.for_heads.alive if self.for_heads else 0),
+        )
 
     def look(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before an earlier block runs: choose for this one. A forward pre-hook."""
@@ -181,6 +190,7 @@ class DejaVu:
                 if isinstance(chooser, Chooser):
                     for (choice, predictor), worth in zip(chooser.predictors, importance, strict=True):
                         self._train(predictor, source, worth, choice)
+                        predictor.offset.masked_fill_(_pruned(block, choice).to(predictor.offset.device), -torch.inf)
                 earlier = hidden
                 for call, output in zip(calls, outputs, strict=True):
                     call.proceed(output)
@@ -210,6 +220,19 @@ class DejaVu:
         with torch.no_grad():
             for buffer, trained in ((predictor.down, down), (predictor.up, up), (predictor.offset, offset)):
                 buffer.copy_(trained)
+
+
+def _pruned(block: nn.Module, choice: Choice) -> Tensor:
+    """Bool ``[units]``: units that nothing reads, and neurons that have no weights and no bias and so are zero."""
+    found = torch.zeros(choice.units, dtype=torch.bool)
+    for gate in block.modules():
+        if isinstance(gate, ChosenInputs) and gate.choice is choice:
+            by_input = gate.weight if gate.swap else gate.weight.t()
+            found |= (by_input == 0).all(1).unflatten(0, (choice.units, choice.size)).all(1).cpu()
+        elif isinstance(gate, ChosenOutputs) and gate.choice is choice and choice.size == 1:
+            empty = ((gate.weight.t() if gate.swap else gate.weight) == 0).all(1)
+            found |= (empty if gate.bias is None else empty & (gate.bias == 0)).cpu()
+    return found
 
 
 def scaled(hidden: Tensor) -> Tensor:
