@@ -242,6 +242,7 @@ def main() -> None:
         rows["large"] = large()
         if options.json:
             options.json.write_text(json.dumps(rows, indent=1))
+    turns = " or ".join(str(n) for n in sorted({len(rows[name]["ours"]) for name in options.names if name in rows}))
     head = ["model", "ours, CPU s", "left", "memory", "Torch-Pruning 1.6.1, CPU s", "left", "memory", "times faster"]
     lines = [
         "# Trace, couple and cut beside Torch-Pruning",
@@ -255,7 +256,7 @@ def main() -> None:
         "",
         verdict({name: rows[name] for name in options.names if name in rows}),
         "",
-        conditions(1, f"{options.repeats} turns, random weights of seed 0", time.monotonic() - start),
+        conditions(1, f"{turns} turns, random weights of seed 0", time.monotonic() - start),
     ]
     text = "\n".join(lines) + "\n"
     print(text)
