@@ -143,7 +143,8 @@ def row(name: str, repeats: int, patience: float) -> dict[str, Any]:
     def one() -> nn.Module:
         return MODELS[name]()[0].eval() if large else copy.deepcopy(model)
 
-    both = [functools.partial(f, **{key: "keeps its heads" not in name}) for f, key in ((ours, "heads"), (peer, "cut_heads"))]
+    cut_heads = "keeps its heads" not in name
+    both = functools.partial(ours, heads=cut_heads), functools.partial(peer, cut_heads=cut_heads)
     run(both[0], one(), example)  # imports and caches that a first call fills are nobody's
     for _ in range(repeats):
         found["ours"].append(run(both[0], one(), example))
