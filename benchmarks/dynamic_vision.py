@@ -11,6 +11,7 @@ from which --part time takes them. Writes docs/benchmarks/dynamic_vision.md and 
 from __future__ import annotations
 
 import argparse
+import functools
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -196,14 +197,19 @@ def choices(bench: Bench) -> None:
 
         bench.rows.keep(f"{name}/choices/own", {"quality": own, "share": cost(chosen)})
         others: dict[str, Any] = {
-            "of other images": lambda gate, x, c=chosen, g=generator: c[gate][torch.randint(1000, (len(x),), generator=g)],
-            "the most frequent": lambda gate, x, u=usual: u[gate],
+            "of other images": functools.partial(other_images, chosen, generator),
+            "the most frequent": lambda gate, x, usual=usual: usual[gate],
             "2 groups everywhere": lambda gate, x: 2,
             "3 groups everywhere": lambda gate, x: 3,
         }
         costs = (cost(chosen), cost([torch.tensor(u) for u in usual]), 0.5, 0.75)
         for (what, decider.choose), share in zip(others.items(), costs, strict=True):
             bench.rows.keep(f"{name}/choices/{what}", {"quality": correct(gated, test), "share": share})
+
+
+def other_images(chosen: list[Tensor], generator: torch.Generator, gate: int, x: Tensor) -> Tensor:
+    """Choices of images drawn at random, one for each image of the batch."""
+    return chosen[gate][torch.randint(len(chosen[gate]), (len(x),), generator=generator)]
 
 
 @torch.inference_mode()
