@@ -1,6 +1,6 @@
 """MiniLM without a part of its heads, feed-forward neurons or layers, with and without repair: Spearman on STS-B.
 
-    python benchmarks/minilm_structure.py [--cache ROWS.json] [--rows heads neurons layers]
+    python benchmarks/minilm_structure.py [--cache ROWS.json] [--rows heads neurons layers] [--out PAGE]
 
 Nothing is trained. Heads go by Michel's score ``E |sum over positions of a dL/da|`` (taylor_activation) or by magnitude,
 feed-forward neurons by wanda_unit, layers by 1 - cosine of their input and output, measured once. The loss of the gradients
@@ -28,6 +28,7 @@ from secateur.types import Measurement
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 from calibrated import minilm
+from conditions import conditions, table
 
 #: Group of rows -> label -> recipe, or how many layers go.
 ROWS: dict[str, dict[str, dict[str, Any] | int]] = {
@@ -76,10 +77,11 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS))
     parser.add_argument("--samples", type=int, default=512, help="calibration sentences")
     parser.add_argument("--cache", type=Path, help="JSON file of rows that are known")
+    parser.add_argument("--out", type=Path, help="write the page there")
     given = parser.parse_args()
+    started = time.monotonic()
     known = json.loads(given.cache.read_text()) if given.cache is not None and given.cache.exists() else {}
     model, data, evaluate, _ = minilm(given.samples, sentences=True)
-    print("| what goes | parameters | Spearman | CPU seconds |\n|---|---|---|---|", flush=True)
     for label, recipe in (pair for group in given.rows for pair in ROWS[group].items()):
         if label not in known:
             busy = time.process_time()
@@ -89,7 +91,15 @@ def main() -> None:
             known[label] = [f"{count / 1e6:.2f} M", f"{evaluate(smaller)['spearman']:.4f}", f"{busy:.0f}"]
             if given.cache is not None:
                 given.cache.write_text(json.dumps(known, indent=1))
-        print("| " + " | ".join([label, *known[label]]) + " |", flush=True)
+        print(label, *known[label], flush=True)
+    page = [*__doc__.partition("\n\n    python")[0].splitlines(), *__doc__.rpartition("\n\n")[2].splitlines()]
+    rows = [[label, *known[label]] for group in ROWS.values() for label in group if label in known]
+    head = ["what goes", "parameters", "Spearman", "CPU seconds"]
+    lines = ["# MiniLM without some of its heads, neurons or layers", "", *page, "", *table(head, rows), ""]
+    lines.append(conditions(torch.get_num_threads(), "seed 0", time.monotonic() - started))
+    print("\n".join(lines))
+    if given.out is not None:
+        given.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

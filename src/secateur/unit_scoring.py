@@ -65,7 +65,7 @@ def criterion_entry(recipe: Recipe, *, blocks: bool = False) -> Entry[Any]:
 def reduction_of(recipe: Recipe) -> str:
     """How the saliencies of a unit's weights, or a block's, make its score: their mean, unless the recipe or criterion says."""
     own = CRITERIA[name_of(recipe.criterion)].facts["reduction"]
-    return recipe.reduction or ("abs_sum" if own == "abs_sum" else "mean")
+    return recipe.reduction or ("mean" if own == "sum" else own)
 
 
 def score_units(

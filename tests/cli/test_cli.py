@@ -172,6 +172,14 @@ def test_options_of_a_method_follow_a_question_mark():
         piece("channel?round_to")
 
 
+def test_a_solver_is_an_option(tmp_path):
+    words = ("prune", NET, "-s", "0.5", "--solver", "sparsegpt?damp=0.05", "--data", TRAIN, "--limit", "64", "--json")
+    found = json.loads(secateur(*words, cwd=tmp_path))
+    assert 'name = "sparsegpt"' in found["recipe"]
+    assert "damp = 0.05" in found["recipe"]
+    assert all(layer["error"] is not None for layer in found["layers"])
+
+
 def test_slimming_and_forced_units_are_options():
     from secateur.cli.recipes import recipe_of
 

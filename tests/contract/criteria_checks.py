@@ -42,7 +42,7 @@ def tensors_of(stats: LayerStats) -> dict[str, Tensor]:
 def importance(entry: Entry, stats: LayerStats) -> Tensor:
     """The score of single weights: what an element pattern makes of the criterion's values."""
     score = entry.make(stats)
-    return score.abs() if entry.facts["reduction"] == "abs_sum" else score
+    return score.abs() if entry.facts["reduction"] == "l2" else score
 
 
 def check_declaration(entry: Entry) -> None:

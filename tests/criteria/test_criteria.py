@@ -32,7 +32,7 @@ def test_random_depends_on_the_seed_only():
 
 def test_default_reductions():
     found = {n: e.facts["reduction"] for n, e in CRITERIA.items()}
-    assert found.pop("taylor") == "abs_sum"
+    assert found.pop("taylor") == "l2"
     assert found.pop("random") == "mean"
     assert set(found.values()) == {"sum"}
 

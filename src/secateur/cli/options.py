@@ -173,6 +173,16 @@ ReestimateNorms = Annotated[
         "--reestimate-norms", help="Re-estimate BatchNorm statistics on --data after pruning.", rich_help_panel=METHOD
     ),
 ]
+Solver = Annotated[
+    str | None,
+    typer.Option(
+        "--solver",
+        help="What chooses or repairs the weights that stay, on --data: keep (default), least-squares, sparsegpt, obc, admm,"
+        " alps, woodfisher, chita; with options as alps?damp=0.1.",
+        show_default=False,
+        rich_help_panel=METHOD,
+    ),
+]
 Repair = Annotated[
     str | None,
     typer.Option(

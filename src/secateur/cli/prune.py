@@ -35,6 +35,7 @@ def command(
     ignore: o.Ignore = None,
     force: o.Force = None,
     seed: o.Seed = None,
+    solver: o.Solver = None,
     repair: o.Repair = None,
     reestimate_norms: o.ReestimateNorms = False,
     slimming: o.SlimmingEpochs = None,
@@ -66,7 +67,7 @@ def command(
 
     common = recipe_of(
         recipe, pattern=pattern, allocation=allocation, reduction=reduction, schedule=schedule, steps=steps, layers=layers,
-        ignore=ignore, force=force, seed=seed, repair=repair, reestimate_norms=reestimate_norms,
+        ignore=ignore, force=force, seed=seed, solver=solver, repair=repair, reestimate_norms=reestimate_norms,
         slimming=slimming, slimming_strength=slimming_strength, finetune=finetune, lr=lr,
         optimizer=optimizer, compress=compress,
     )  # fmt: skip
