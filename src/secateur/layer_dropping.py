@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.criteria import CRITERIA, UNIT_CRITERIA
-from secateur.data.batches import Batch, Batches, Loss, default_loss, device_of, inputs_of, size_of, to_device
+from secateur.data.batches import Batch, Batches, Loss, arguments_of, default_loss, device_of, size_of, to_device
 from secateur.errors import LayerError, NonFiniteError, RecipeError, UnknownName
 from secateur.graph import Graph, Residual, block_importance, bypassing, plan_without, removable_blocks
 from secateur.layers import Layer, find_layers, matches
@@ -156,8 +156,7 @@ def _mean_loss(model: nn.Module, batches: Batches, loss: Loss, seed: int) -> flo
 def _examples(model: nn.Module, batches: Iterable[Batch]) -> Iterable[object]:
     """Batches without their labels, on the model's device."""
     for batch in batches:
-        args, kwargs = inputs_of(to_device(batch, device_of(model)))
-        yield kwargs or args
+        yield arguments_of(to_device(batch, device_of(model)))
 
 
 def _layers(model: nn.Module, dropped: Sequence[str]) -> tuple[LayerPlan, ...]:

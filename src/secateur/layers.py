@@ -76,9 +76,9 @@ def find_layers(
     """
     candidates, skipped = _candidates(model, explicit=layers is not None)
     names = [*candidates, *skipped]
-    modules = {n for n, _ in model.named_modules()}
     for pattern in (*(layers or ()), *ignore):
         if not any(matches(pattern, n) for n in names):
+            modules = {n for n, _ in model.named_modules()}
             raise UnknownName("layer", pattern, {*names, *(m for m in modules if any(n.startswith(m + ".") for n in names))})
     found: dict[str, Layer] = {}
     for name, layer in candidates.items():
@@ -119,16 +119,20 @@ def non_finite_message(what: str, tensor: Tensor) -> str:
 
 def _candidates(model: nn.Module, *, explicit: bool) -> tuple[dict[str, Layer], dict[str, str]]:
     aliases: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        aliases.setdefault(id(parameter), []).append(name)
-    embeddings = {id(m.weight): n for n, m in model.named_modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))}
+    modules: dict[nn.Module, str] = {}
+    for module_name, module in model.named_modules(remove_duplicate=False):
+        modules.setdefault(module, module_name)
+        for local, parameter in module._parameters.items():
+            if parameter is not None:
+                aliases.setdefault(id(parameter), []).append(f"{module_name}.{local}" if module_name else local)
+    embeddings = {id(m.weight): n for m, n in modules.items() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))}
     found: dict[str, Layer] = {}
     skipped: dict[str, str] = {}
     seen: set[int] = set()
-    for module_name, module in model.named_modules():
-        for local, parameter in module.named_parameters(recurse=False):
+    for module, module_name in modules.items():
+        for local, parameter in module._parameters.items():
             name = f"{module_name}.{local}" if module_name else local
-            if id(parameter) in seen:
+            if parameter is None or id(parameter) in seen:
                 continue
             prunable, swap = _is_weight(module, local)
             if not prunable:

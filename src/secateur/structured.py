@@ -11,12 +11,11 @@ from torch import Tensor, nn
 
 from secateur.budgets.amount import parse_budget
 from secateur.budgets.choose import choose_counts
-from secateur.data.batches import Batch, Batches, Loss, inputs_of
-from secateur.errors import LayerError, ModelError, RecipeError
-from secateur.graph import Graph, Group, bypass_difference, choose_groups, cut, difference, lowest, make_plan, select, trace
+from secateur.data.batches import Batch, Batches, Loss, arguments_of
+from secateur.errors import LayerError, RecipeError
+from secateur.graph import Graph, Group, choose_groups, cut, cut_checked, lowest, make_plan, select, trace
 from secateur.graph.choose import Competitor, Scope, competitors
 from secateur.graph.config import describe_config
-from secateur.graph.verify import TOLERANCE
 from secateur.job import check_data
 from secateur.layer_dropping import plan_blocks
 from secateur.layers import check_finite, find_layers, matches
@@ -53,8 +52,7 @@ class UnitJob:
     @property
     def arguments(self) -> Any:
         """The example without its labels, as the graph takes it: a tuple of arguments, or a mapping of named ones."""
-        args, kwargs = inputs_of(self.example)
-        return kwargs or args
+        return arguments_of(self.example)
 
     @property
     def allocation(self) -> str:
@@ -126,17 +124,8 @@ def cut_units(model: nn.Module, job: UnitJob, *, inplace: bool = False) -> Small
     """
     chosen = choose_units(model, job)
     masks = masks_of(model, chosen.plan)
-    smaller = cut(model, chosen.plan)
-    if job.units.whole_blocks:
-        error, against = bypass_difference(model, smaller, chosen.plan, job.arguments), "original with the blocks bypassed"
-    else:
-        flags = chosen.graph.flags(chosen.removed)
-        error, against = difference(model, smaller, chosen.graph, flags, job.arguments), "masked original"
-    if not error <= TOLERANCE:
-        raise ModelError(
-            f"the cut model differs from the {against} by {error:.2g} (relative); at most {TOLERANCE:g} is rounding. "
-            "Nothing was changed. Leave out what does not follow the cut with ignore=."
-        )
+    checked = cut_checked(model, chosen.plan, chosen.graph, chosen.removed, job.arguments)
+    smaller = checked.model
     shapes = {name: p.shape for name, p in model.named_parameters()}
     notes = list(chosen.notes)
     changes: Mapping[str, Tensor] = {}
@@ -147,9 +136,11 @@ def cut_units(model: nn.Module, job: UnitJob, *, inplace: bool = False) -> Small
     if inplace:
         smaller = cut(model, chosen.plan, inplace=True)
     write(smaller, changes)
-    checked = f"on the example the cut model gives the output of the {against} within {error:.1e} (relative)"
+    notes.append(
+        f"on the example the cut model gives the output of the {checked.against} within {checked.difference:.1e} (relative)"
+    )
     configured = describe_config(smaller, shapes, job.arguments)
-    return Smaller(smaller, chosen.plan, masks, (*notes, checked, *([configured] if configured else [])))
+    return Smaller(smaller, chosen.plan, masks, (*notes, *([configured] if configured else [])))
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,19 @@ def test_the_block_that_changes_least_matters_least():
     assert not any(m._forward_hooks for m in model.modules())
 
 
+def test_padding_has_no_part_in_how_much_a_block_changes():
+    class Masked(Network):
+        def forward(self, x, attention_mask=None):
+            return super().forward(x)
+
+    model, x = Masked(), torch.randn(2, 3, 4)
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    blocks = removable_blocks(model, trace(model, x))
+    alone = block_importance(model, blocks, [x[mask.bool()][None]])
+    assert block_importance(model, blocks, [{"x": x, "attention_mask": mask}]) == pytest.approx(alone, rel=1e-5, abs=1e-6)
+    assert block_importance(model, blocks, [x]) != pytest.approx(alone, rel=1e-3)
+
+
 def test_a_model_without_blocks_equals_the_original_that_bypasses_them():
     model, x = Network(), torch.randn(5, 4)
     plan = Plan.from_json(json.loads(json.dumps(plan_without(trace(model, x), model, ["blocks.0", "blocks.2"]).to_json())))

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from secateur.errors import ModelError
-from secateur.graph import cut, prune_channels, recut
+from secateur.errors import LayerError, ModelError
+from secateur.graph import cut, prune_channels, recut, trace
 from secateur.graph.heads import explicit_heads
 from secateur.models.torchvision_shim import prepare_torchvision
 from secateur.types import Plan
@@ -102,7 +102,7 @@ def test_explicit_heads_do_what_torch_does(batch_first, need_weights, kdim, mask
     if not batch_first:
         q, kv = q.transpose(0, 1), kv.transpose(0, 1)
     wanted = attention(q, kv, kv, **options)
-    with explicit_heads(attention):
+    with explicit_heads([attention]):
         found = attention(q, kv, kv, **options)
     torch.testing.assert_close(found[0], wanted[0])
     assert (found[1] is None) == (wanted[1] is None)
@@ -152,3 +152,59 @@ def test_swin_loses_half_of_its_heads():
     smaller, _ = prune_channels(nn.Sequential(attention, nn.GELU()), torch.randn(1, 8, 8, 16), 0.5, kinds=("head",))
     assert smaller[0].num_heads == 2
     assert F.gelu(attention(torch.randn(2, 12, 12, 16))).shape == smaller(torch.randn(2, 12, 12, 16)).shape
+
+
+FALCON = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64, "use_cache": False}
+
+
+def pruned_heads(kind, config):
+    prepare_torchvision()
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**config)).eval()
+    return prune_channels(model, {"input_ids": torch.randint(0, 64, (2, 9))}, 0.5, kinds=("head",))  # which compares
+
+
+def test_falcon_loses_queries_of_its_one_key_and_value():
+    smaller, _ = pruned_heads("Falcon", FALCON)
+    attention = smaller.transformer.h[0].self_attention
+    assert attention.num_heads == 2
+    assert attention.query_key_value.weight.shape == (2 * 8 + 16, 32)
+
+
+def test_falcon_loses_groups_and_queries_of_every_group():
+    grouped = {**FALCON, "num_attention_heads": 8, "num_kv_heads": 2, "new_decoder_architecture": True}
+    smaller, _ = pruned_heads("Falcon", grouped)
+    attention = smaller.transformer.h[0].self_attention
+    assert (attention.num_heads, attention.num_kv_heads) == (4, 2)
+    assert attention.query_key_value.weight.shape == (2 * (2 + 2) * 4, 32)
+
+
+def test_codegen_loses_heads_of_every_partition():
+    smaller, _ = pruned_heads("CodeGen", {"n_embd": 32, "n_layer": 1, "n_head": 8, "vocab_size": 64, "rotary_dim": 2})
+    assert smaller.transformer.h[0].attn.num_attention_heads == 4
+
+
+def test_position_biases_made_for_so_many_heads_keep_them():
+    alibi = {**FALCON, "alibi": True, "multi_query": False, "parallel_attn": False}
+    with pytest.raises(LayerError, match="mask cannot be cut"):
+        pruned_heads("Falcon", alibi)
+
+
+def test_indices_that_are_written_down_keep_what_they_count_over():
+    class Picks(nn.Module):
+        def __init__(self, places):
+            super().__init__()
+            self.first, self.places, self.last = nn.Linear(4, 8), places, nn.Linear(2, 3)
+
+        def forward(self, x):
+            return self.last(self.first(x)[:, self.places])
+
+    x = torch.randn(2, 4)
+    for places, free in (([0, 2], 5), ([-1, -3], 5), ([1, -1], 0)):
+        model = Picks(places)
+        graph = trace(model, x)
+        assert sum(g.units for g in graph.units()) == free
+        if free:
+            smaller, _ = prune_channels(model, x, 0.99, min_width=1)
+            assert torch.allclose(smaller(x), model(x), atol=1e-6)

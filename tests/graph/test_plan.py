@@ -55,7 +55,8 @@ def test_every_group_says_who_is_coupled_to_whom_and_through_what():
 def test_what_cannot_be_cut_is_there_with_its_reason():
     frozen = {m: g.reason for g in planned().groups if g.reason for m in g.members}
     assert frozen["head.weight:0"] == "it is an output of the model"
-    assert "spatial" in frozen["stem.weight:2"]
+    assert "summed against a dimension that cannot be cut" in frozen["stem.weight:1"]
+    assert "stem.weight:2" not in frozen  # positions of a kernel are no units
 
 
 def test_groups_survive_json():

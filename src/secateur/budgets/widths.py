@@ -41,8 +41,8 @@ class Widths:
 
     def __init__(self, graph: Graph, groups: Iterable[Group], scores: Mapping[int, Tensor]):
         self._graph = graph
-        self._rank = np.zeros(graph.coupler.labels.count, np.int64)
-        self._owner = np.full(graph.coupler.labels.count, -1)
+        self._rank = np.zeros(graph.classes, np.int64)
+        self._owner = np.full(graph.classes, -1)
         for group in groups:
             best_first = scores[group.id].double().sort(descending=True, stable=True).indices.numpy()
             self._rank[group.leaves[best_first]] = np.arange(group.units)

@@ -36,6 +36,12 @@ def inputs_of(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
     raise DataError(f"a batch is a {type(batch).__name__}; expected a tensor, a tuple (inputs, labels) or a mapping")
 
 
+def arguments_of(batch: Batch) -> tuple[Any, ...] | dict[str, Any]:
+    """The inputs of a batch as one example: a tuple of positional arguments, or a mapping of named ones."""
+    args, kwargs = inputs_of(batch)
+    return kwargs or args
+
+
 def labels_of(batch: Batch) -> Tensor | None:
     """The labels of a batch, or None where it has none."""
     if isinstance(batch, Mapping):

@@ -5,10 +5,11 @@ from secateur.graph.blocks import (
     block_importance,
     bypass_difference,
     bypassing,
-    drop_blocks,
+    passed_on,
     plan_without,
     removable_blocks,
 )
+from secateur.graph.checked import cut_checked, drop_blocks
 from secateur.graph.choose import kept_counts, lowest, select
 from secateur.graph.config import fit_config
 from secateur.graph.cut import cut, recut
@@ -30,6 +31,7 @@ __all__ = [
     "choose_groups",
     "combined",
     "cut",
+    "cut_checked",
     "difference",
     "drop_blocks",
     "fit_config",
@@ -38,6 +40,7 @@ __all__ = [
     "make_plan",
     "masked_output",
     "normalized",
+    "passed_on",
     "plan_without",
     "prune_channels",
     "recut",

@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from secateur.data.batches import token_mask
 from secateur.errors import LayerError, ModelError, UnknownName
-from secateur.graph.graph import Graph, trace
+from secateur.graph.graph import Graph
 from secateur.graph.trace import ModuleCall, arguments, tensors_in, untouched
-from secateur.graph.verify import TOLERANCE, worst
+from secateur.graph.verify import worst
+from secateur.stats.watch import Call
 from secateur.types import Plan
 
 
@@ -65,7 +67,7 @@ def _adds_its_input(graph: Graph, call: ModuleCall) -> bool:
     """Whether a sum in the block has one of its sides straight from the block's input: a shortcut around everything else."""
     passed = {id(v) for v in call.inputs}
     for node in graph.recording.nodes[call.first : call.last]:
-        tensors = graph.coupler.tensors(node)
+        tensors = node.tensors
         if node.name == "add" and len(tensors) == 2 and any(id(t) in passed for t in tensors):
             return True
         if node.name in _PASSING and tensors and id(tensors[0]) in passed:
@@ -83,11 +85,13 @@ _PASSING = frozenset({
 def block_importance(model: nn.Module, blocks: Sequence[Residual], batches: Iterable[Any]) -> dict[str, float]:
     """``1 - cosine(input, output)`` of every block, mean over all positions of all batches (ShortGPT, Men et al. 2024).
 
-    Low means that the block changes little. `batches` are examples as `trace` takes them.
+    Low means that the block changes little. `batches` are examples as `trace` takes them; positions that their
+    ``attention_mask`` calls padding are left out.
     """
     sums = dict.fromkeys((b.name for b in blocks), 0.0)
     counts = dict.fromkeys(sums, 0)
     handles = []
+    mask: Tensor | None = None
     with untouched(model):
         for name in sums:
 
@@ -95,12 +99,14 @@ def block_importance(model: nn.Module, blocks: Sequence[Residual], batches: Iter
                 x, y = tensors_in((args, kwargs))[0], tensors_in(output)[0]
                 dim = 1 if x.ndim == 4 else -1
                 cosine = torch.cosine_similarity(x.float(), y.float(), dim=dim)
-                sums[name] += float((1 - cosine).sum())
-                counts[name] += cosine.numel()
+                seen = Call(module, args, kwargs, mask).rows(cosine.unsqueeze(-1))
+                sums[name] += float((1 - seen).sum())
+                counts[name] += len(seen)
 
             handles.append(model.get_submodule(name).register_forward_hook(measure, with_kwargs=True))
         for batch in batches:
             args, kwargs = arguments(batch)
+            mask = token_mask(kwargs)
             model(*args, **kwargs)
         for handle in handles:
             handle.remove()
@@ -117,20 +123,6 @@ def plan_without(graph: Graph, model: nn.Module, names: Iterable[str]) -> Plan:
     if len(chosen) == len(known):
         raise LayerError(f"all {len(known)} blocks of the model would go. Keep at least one.")
     return replace(Plan(), dropped=tuple(chosen))
-
-
-def drop_blocks(model: nn.Module, example: Any, names: Iterable[str]) -> tuple[nn.Module, Plan]:
-    """A copy of `model` without the named blocks, and the plan; compared on the example with the original that bypasses them.
-
-    Raises ModelError where that fails: a block may hold what others use (T5 keeps its position bias in the first).
-    """
-    from secateur.graph.cut import cut
-
-    plan = plan_without(trace(model, example), model, names)
-    smaller = cut(model, plan)
-    if not bypass_difference(model, smaller, plan, example) <= TOLERANCE:
-        raise ModelError(f"without {', '.join(plan.dropped)} the model differs from the original that bypasses them")
-    return smaller, plan
 
 
 def bypass_difference(model: nn.Module, smaller: nn.Module, plan: Plan, example: Any) -> float:
@@ -187,15 +179,27 @@ def _update_configs(model: nn.Module, before: int, kept: list[int]) -> None:
                 setattr(config, key, [value[i] for i in kept])
 
 
+def passed_on(args: Any, kwargs: Any, output: Any) -> Any:
+    """What a block gives that hands its first tensor on unchanged, in the form of its `output`.
+
+    Raises ModelError where that has not the shape of the output's first tensor.
+    """
+    given, made = (next(iter(tensors_in(tree)), None) for tree in ((args, kwargs), output))
+    if given is None or made is None or given.shape != made.shape:
+        raise ModelError("the block's output has not the shape of its input")
+    if isinstance(output, Tensor):
+        return given
+    return [given, *output[1:]] if isinstance(output, list) else (given, *output[1:])
+
+
 @contextmanager
 def bypassing(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
     """Inside, the named blocks of `model` give back what they were given, by hooks that are gone afterwards."""
 
-    def pass_on(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        given = tensors_in((args, kwargs))[0]
-        return given if isinstance(output, Tensor) else (given, *output[1:])
+    def bypass(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        return passed_on(args, kwargs, output)
 
-    handles = [model.get_submodule(n).register_forward_hook(pass_on, with_kwargs=True) for n in names]
+    handles = [model.get_submodule(n).register_forward_hook(bypass, with_kwargs=True) for n in names]
     try:
         yield
     finally:

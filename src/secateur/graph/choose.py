@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -39,12 +40,15 @@ def select(
 
 def lowest(groups: Iterable[Group], scores: Mapping[int, Tensor], keep: Mapping[int, int]) -> dict[int, list[int]]:
     """Units that go when each group keeps its ``keep[id]`` best ones. Groups that lose nothing are left out."""
-    removed = {}
-    for group in groups:
-        if keep[group.id] < group.units:
-            stays = top(scores[group.id][None], torch.tensor([keep[group.id]]))[0]
-            removed[group.id] = (~stays).nonzero().flatten().tolist()
-    return removed
+    alike: dict[tuple[int, torch.dtype], list[int]] = {}  # what has one shape is chosen in one go
+    cut = [g for g in groups if keep[g.id] < g.units]
+    for group in cut:
+        alike.setdefault((group.units, scores[group.id].dtype), []).append(group.id)
+    removed: dict[int, list[int]] = {}
+    for ids in alike.values():
+        stays = top(torch.stack([scores[i] for i in ids]), torch.tensor([keep[i] for i in ids]))
+        removed |= {i: (~row).nonzero().flatten().tolist() for i, row in zip(ids, stays, strict=True)}
+    return {g.id: removed[g.id] for g in cut}
 
 
 def kept_counts(
@@ -107,8 +111,9 @@ def competitors(graph: Graph, groups: Sequence[Group], scores: Mapping[int, Tens
         seen.update(g.id for g in together)
         smallest = min(g.units for g in together)
         ranked = [scores[g.id].double().sort(descending=True).values for g in together]
-        mean = torch.stack([F.adaptive_avg_pool1d(r[None], smallest)[0] for r in ranked]).mean(0)
-        found.append(Competitor(together, mean))
+        if len(together) > 1:
+            ranked = [torch.stack([F.adaptive_avg_pool1d(r[None], smallest)[0] for r in ranked]).mean(0)]
+        found.append(Competitor(together, ranked[0]))
     return found
 
 
@@ -139,14 +144,16 @@ def rivals_of(all_of_them: Sequence[Competitor], scope: str) -> list[list[Compet
 
 def _widths(rivals: Sequence[Competitor], sparsity: float, round_to: int, min_width: int) -> list[int]:
     """The width of each rival after the steps with the lowest mean scores, down the ladders of allowed widths, are taken."""
-    steps = [steps_down(r.ranked, round_to, min_width) for r in rivals]
-    means, sizes = torch.cat([m for m, _ in steps]), torch.cat([s for _, s in steps])
-    owner = torch.repeat_interleave(torch.arange(len(rivals)), torch.tensor([len(m) for m, _ in steps]))
     target = removed_count(sum(r.units for r in rivals), sparsity)
+    if len(rivals) == 1 and round_to == 1:  # one ladder of single units: as many steps down as fit
+        return [rivals[0].units - min(target, max(rivals[0].units - min_width, 0))]
+    steps = [steps_down(r.ranked, round_to, min_width) for r in rivals]
+    means, sizes = (np.concatenate([own.cpu().numpy() for own in part]) for part in zip(*steps, strict=True))
+    owner = np.repeat(np.arange(len(rivals)), [len(m) for m, _ in steps])
     # Among equal scores the lower index is kept: so the order of removal is the flipped order of a stable descending sort.
-    order = means.sort(descending=True, stable=True).indices.flip(0)
-    taken = order[2 * sizes[order].cumsum(0) - sizes[order] <= 2 * target]  # at least half of the last step fits
-    gone = torch.zeros(len(rivals), dtype=torch.int64).index_add_(0, owner[taken], sizes[taken])
+    order = np.argsort(-means, kind="stable")[::-1]
+    taken = order[2 * sizes[order].cumsum() - sizes[order] <= 2 * target]  # at least half of the last step fits
+    gone = np.bincount(owner[taken], sizes[taken], len(rivals))
     return [r.units - int(n) for r, n in zip(rivals, gone, strict=True)]
 
 
@@ -157,6 +164,8 @@ def steps_down(ranked: Tensor, round_to: int, min_width: int) -> tuple[Tensor, T
     """
     first = -(-min_width // round_to) * round_to
     open_ = ranked[first:]
+    if round_to == 1:
+        return open_, torch.ones(len(open_), dtype=torch.int64)
     whole = len(open_) // round_to
     means = [open_[: whole * round_to].reshape(-1, round_to).mean(1)]
     sizes = [torch.full((whole,), round_to, dtype=torch.int64)]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import Any
+
+from torch import Tensor
 
 import secateur.graph.rules.attention
 import secateur.graph.rules.elementwise
@@ -15,7 +17,7 @@ import secateur.graph.rules.shape  # noqa: F401
 from secateur.graph.equations import Equation
 from secateur.graph.labels import Array, Dim, Labels
 from secateur.graph.rules import RULES
-from secateur.graph.sizes import RESHAPES, Call
+from secateur.graph.sizes import RESHAPES, Call, Size
 from secateur.graph.trace import Node, Recording, Value
 
 log = logging.getLogger("secateur")
@@ -29,6 +31,7 @@ class Coupler:
         self.labels = Labels()
         self.marks: list[tuple[Array, str]] = []  #: labels known to be heads or head dimensions
         self.equations: list[Equation] = []
+        self.numbers: dict[Value, Tensor] = {}  #: tensors that the forward wrote down
         self.unknown: dict[str, set[str]] = {}  #: operations without a rule, and the modules they are in
         self._written = {id(call) for call in recording.sizes.calls}
         self._weights = set(recording.values.values())
@@ -58,26 +61,28 @@ class Coupler:
         for value, labels in zip(node.outputs, out, strict=True):
             assert len(labels) == value.ndim, f"the rule of {node.op} gives {len(labels)} dimensions for {value.shape}"
             value.labels = [None if n <= 1 else own for own, n in zip(labels, value.shape, strict=True)]
-        tensors = self.tensors(node)
+        tensors = node.tensors
         if tensors and all(self.is_weight(t) or t.constant is not None for t in tensors):
             self._weights.update(node.outputs)
             if all(t in self._given or t.constant is not None for t in tensors):
                 self._given.update(node.outputs)
 
-    def labels_of(self, value: Value) -> list[Dim]:
-        """Labels of all dimensions; those of a parameter or buffer are made when it is first used."""
+    def labels_of(self, value: Value, known: Mapping[int, Dim] | None = None) -> list[Dim]:
+        """Labels of all dimensions; those of a parameter or buffer are made when it is first used, but for `known` ones."""
         if value.labels is None:
             if value.name is not None:
-                value.labels = [self.labels.fresh(n) if n > 1 else None for n in value.shape]
+                given = known or {}
+                value.labels = [
+                    given[d] if d in given else self.labels.fresh(n) if n > 1 else None for d, n in enumerate(value.shape)
+                ]
             else:
                 value.labels = [None] * value.ndim
         return value.labels
 
-    def tensors(self, node: Node) -> list[Value]:
-        """All tensors an operation was given."""
-        if node.tensors is None:
-            node.tensors = [v for v in _leaves((node.args, node.kwargs)) if isinstance(v, Value)]
-        return node.tensors
+    def adopt(self, value: Value, d: int, dim: Dim) -> None:
+        """Give dimension `d` of a parameter that nothing has used yet the labels `dim`, to which it would be tied."""
+        if value.labels is None and value.name is not None and dim is not None:
+            self.labels_of(value, {d: dim})
 
     def is_weight(self, value: Value) -> bool:
         """Whether a value depends on parameters and buffers alone."""
@@ -85,7 +90,10 @@ class Coupler:
 
     def tie(self, a: Dim, b: Dim, node: Node, reason: str) -> Dim:
         """Two dimensions of one size, index by index."""
-        return self.labels.tie(a, b, _at(node, reason or "it meets a dimension that cannot be cut"))
+        if a is None and b is None:
+            return None
+        frozen = a is None or b is None  # only then is there something to say
+        return self.labels.tie(a, b, _at(node, reason or "it meets a dimension that cannot be cut") if frozen else "")
 
     def freeze(self, dim: Dim, node: Node, reason: str) -> None:
         """Nothing of `dim` may be removed."""
@@ -94,7 +102,7 @@ class Coupler:
 
     def freeze_all(self, node: Node, reason: str = "no part of this operation can be cut") -> None:
         """Freeze everything that touches `node`."""
-        for value in self.tensors(node):
+        for value in node.tensors:
             for dim in self.labels_of(value):
                 self.freeze(dim, node, reason)
         for value in node.outputs:
@@ -199,8 +207,8 @@ class Coupler:
         elif call.name.startswith("conv"):
             handled.append(call.argument(_GROUPS_AT, "groups"))
         known = {id(h) for h in handled}
-        for leaf in _leaves((call.args, call.kwargs)):
-            if isinstance(leaf, int) and id(leaf) not in known and sizes.expr(leaf)[0] != "const":
+        for leaf in _sizes_in((call.args, call.kwargs)):
+            if id(leaf) not in known and sizes.expr(leaf)[0] != "const":
                 self.equations.append(Equation(sizes.expr(leaf), ("const", int.__int__(leaf)), call.module))
 
     def _getitem(self, call: Call, handled: list[Any]) -> None:
@@ -240,7 +248,20 @@ class Coupler:
 
 
 _NEW_SHAPE = frozenset(
-    ["view", "reshape", "expand", "zeros", "ones", "empty", "full", "new_zeros", "new_ones", "new_empty", "new_full"]
+    [
+        "view",
+        "reshape",
+        "expand",
+        "broadcast_to",
+        "zeros",
+        "ones",
+        "empty",
+        "full",
+        "new_zeros",
+        "new_ones",
+        "new_empty",
+        "new_full",
+    ]
 )
 _GROUPS_AT = 6
 _WRITES = frozenset(["split", "split_with_sizes", "narrow", "__getitem__"])
@@ -250,13 +271,15 @@ def _at(node: Node, reason: str) -> str:
     return f"{reason} ({node.name} in {node.module or 'the model itself'})"
 
 
-def _leaves(x: Any) -> Iterable[Any]:
-    if isinstance(x, (tuple, list)):
-        for y in x:
-            yield from _leaves(y)
+def _sizes_in(x: Any) -> list[Size]:
+    if isinstance(x, slice):
+        x = (x.start, x.stop, x.step)
     elif isinstance(x, dict):
-        yield from _leaves(tuple(x.values()))
-    elif isinstance(x, slice):
-        yield from (x.start, x.stop, x.step)
-    else:
-        yield x
+        x = tuple(x.values())
+    found = []
+    for y in x:
+        if type(y) is Size:
+            found.append(y)
+        elif isinstance(y, (tuple, list, dict, slice)):
+            found += _sizes_in(y)
+    return found

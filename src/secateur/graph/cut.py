@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -31,22 +32,20 @@ def cut(model: nn.Module, plan: Plan, *, inplace: bool = False) -> nn.Module:
     Linear(in_features=2, out_features=2, bias=True)
     """
     holders = _holders(model)
-    _check({name: table[key] for name, ((table, key), *_) in holders.items()}, plan)
+    indices = _indices(plan)
+    _check({name: table[key] for name, ((table, key), *_) in holders.items()}, plan, indices)
     cuts: dict[str, list[Cut]] = {}
     for c in plan.cuts:
         cuts.setdefault(c.tensor, []).append(c)
     if inplace:  # tensor by tensor, so that no two copies of the model are there at once
         for name, own in cuts.items():
             (table, key), *others = holders[name]
-            table[key] = _sliced(table[key], own)
+            table[key] = _sliced(table[key], own, indices)
             for other, alias in others:
                 other[alias] = table[key]
-        for module in model.modules():
-            if isinstance(module, nn.RNNBase):
-                module._flat_weights = [getattr(module, n, None) for n in module._flat_weights_names]
     else:
         olds = {name: holders[name][0][0][holders[name][0][1]] for name in cuts}
-        model = copy.deepcopy(model, {id(old): _sliced(old, cuts[name]) for name, old in olds.items()})
+        model = copy.deepcopy(model, {id(old): _sliced(old, cuts[name], indices) for name, old in olds.items()})
     for name, value in plan.attributes.items():
         set_attribute(model, name, value)
     for module in model.modules():
@@ -61,7 +60,14 @@ def recut(model: nn.Module, plan: Plan) -> nn.Module:
     return cut(model, plan, inplace=True)
 
 
-def _check(tensors: Mapping[str, Tensor], plan: Plan) -> None:
+def _indices(plan: Plan) -> dict[int, Tensor]:
+    """The kept indices of all cuts as tensors, by the identity of the tuple: many cuts share one."""
+    shared = {id(c.kept): c.kept for c in plan.cuts}
+    return {key: torch.from_numpy(np.array(kept, dtype=np.int64)) for key, kept in shared.items()}
+
+
+def _check(tensors: Mapping[str, Tensor], plan: Plan, indices: Mapping[int, Tensor]) -> None:
+    highest = {key: int(index.max()) if len(index) else None for key, index in indices.items()}
     for layer in plan.layers:
         if layer.name in tensors and tuple(tensors[layer.name].shape) != tuple(layer.shape):
             raise ModelError(
@@ -72,10 +78,9 @@ def _check(tensors: Mapping[str, Tensor], plan: Plan) -> None:
         if c.tensor not in tensors:
             raise ModelError(f"the plan cuts {c.tensor!r}, which this model does not have. It was made for another model.")
         shape = tensors[c.tensor].shape
-        if c.dim >= len(shape) or not c.kept or max(c.kept) >= shape[c.dim]:
-            raise ModelError(
-                f"the plan keeps index {max(c.kept, default=None)} of dimension {c.dim} of {c.tensor!r}, shape {tuple(shape)}"
-            )
+        last = highest[id(c.kept)]
+        if c.dim >= len(shape) or last is None or last >= shape[c.dim]:
+            raise ModelError(f"the plan keeps index {last} of dimension {c.dim} of {c.tensor!r}, shape {tuple(shape)}")
 
 
 def _holders(model: nn.Module) -> dict[str, list[tuple[dict[str, Any], str]]]:
@@ -92,12 +97,37 @@ def _holders(model: nn.Module) -> dict[str, list[tuple[dict[str, Any], str]]]:
     return {name: [(t, k), *(h for h in same[i] if h[0] is not t or h[1] != k)] for name, (i, t, k) in found.items()}
 
 
-def _sliced(tensor: Tensor, cuts: Iterable[Cut]) -> Tensor:
+def _sliced(tensor: Tensor, cuts: Sequence[Cut], indices: Mapping[int, Tensor]) -> Tensor:
     """What the cuts leave of a tensor; a parameter of a parameter."""
     made = tensor.detach()
-    for c in cuts:
-        made = made.index_select(c.dim, torch.tensor(c.kept, dtype=torch.long).to(made.device if not made.is_meta else "meta"))
+    wanted = [(c.dim, indices[id(c.kept)].to(made.device)) for c in cuts]
+    if wanted[0][0] == 0 and len(wanted) > 1 and not made.is_meta:
+        made = _some_rows(made, wanted[0][1], wanted[1:])
+    else:
+        for dim, index in wanted:
+            made = made.index_select(dim, index)
     return nn.Parameter(made, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
+
+
+def _some_rows(tensor: Tensor, rows: Tensor, others: Sequence[tuple[int, Tensor]]) -> Tensor:
+    """Rows of a tensor, cut along other dimensions too, some rows at a time: what lies between stays in the cache."""
+    shape = [len(rows), *tensor.shape[1:]]
+    for dim, index in others:
+        shape[dim] = len(index)
+    made = tensor.new_empty(shape)
+    some = max(1, _AT_ONCE[tensor.device.type == "cpu"] // max(tensor.shape[1:].numel(), 1))
+    room = tensor.new_empty((min(some, len(rows)), *tensor.shape[1:]))
+    for start in range(0, len(rows), some):
+        part = room[: min(some, len(rows) - start)]
+        torch.index_select(tensor, 0, rows[start : start + some], out=part)
+        for dim, index in others[:-1]:
+            part = part.index_select(dim, index)
+        torch.index_select(part, *others[-1], out=made[start : start + some])
+    return made
+
+
+#: Values worked on at once: on other devices, and on the CPU, where they are to stay in the cache.
+_AT_ONCE = (1 << 24, 1 << 18)
 
 
 def set_attribute(model: nn.Module, name: str, value: int) -> None:
@@ -120,6 +150,8 @@ def refresh(module: nn.Module) -> None:
     weight = getattr(module, "weight", None)
     if isinstance(module, nn.MultiheadAttention):
         refresh_heads(module)
+    if isinstance(module, nn.RNNBase):
+        module._flat_weights = [getattr(module, n, None) for n in module._flat_weights_names]
     if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
         suffix = "_l0" if isinstance(module, nn.RNNBase) else ""
         module.input_size = int(getattr(module, f"weight_ih{suffix}").shape[1])

@@ -71,18 +71,20 @@ def solve(equations: Iterable[Equation], old: dict[str, int], count: Count) -> t
     """New values of the attributes that must change, and the equations that cannot hold."""
     attributes: dict[str, int] = {}
     rest = list(equations)
+    open_ = [(e, {a for side in (e.left, e.right) for a in attributes_in(side)}) for e in rest]
+    open_ = [(e, names) for e, names in open_ if names]
     for final in (False, True):
         progress = True
         while progress:
             progress = False
-            for equation in list(rest):
-                left = evaluate(equation.left, attributes, old, count)
-                right = evaluate(equation.right, attributes, old, count)
-                free = {a for e in (equation.left, equation.right) for a in attributes_in(e) if a not in attributes}
-                simple = any(e[0] == "attr" for e in (equation.left, equation.right))
-                if left == right and not (simple and free):
-                    continue
+            for equation, names in open_:
+                free = [a for a in names if a not in attributes]
+                simple = equation.left[0] == "attr" or equation.right[0] == "attr"
                 if len(free) != 1 or not (simple or final):
+                    continue
+                if not simple and evaluate(equation.left, attributes, old, count) == evaluate(
+                    equation.right, attributes, old, count
+                ):
                     continue
                 found = _invert(equation, attributes, old, count)
                 if found is not None:

@@ -79,12 +79,14 @@ class Graph:
         self.unknown = {op: tuple(sorted(modules)) for op, modules in coupler.unknown.items()}
         self.notes = tuple(recording.notes)
         self._leaves = _Leaves(coupler.labels)
+        self.classes = self._leaves.count  #: numbers of leaves are less than that
         self._count_pairs: dict[int, tuple[Array, Array, Array]] = {}
+        self._groups_in: dict[int, tuple[Array, list[int]]] = {}
         self._classes: dict[str, Any] = {name: type(module) for name, module in model.named_modules()}
         self.links: dict[int, dict[str, tuple[str, ...]]] | None = None  #: what `links_of` found
         reasons = self._frozen()
         self.groups: list[Group] = self._find_groups(reasons)
-        self._group_of = np.full(coupler.labels.count, -1)
+        self._group_of = np.full(self.classes, -1)
         for group in self.groups:
             self._group_of[group.leaves] = group.id
         self._try_groups()
@@ -94,21 +96,28 @@ class Graph:
         return [g for g in self.groups if g.reason is None and kind in (None, g.kind)]
 
     def removed_indices(self, removed: NDArray[np.bool_]) -> dict[tuple[str, int], Array]:
-        """``removed [labels]`` flags of leaves -> for each (tensor, dim) the indices that go."""
+        """``removed [labels]`` flags of leaves -> for each (tensor, dim) the indices that go.
+
+        Where the same labels run along several dimensions, these have one and the same array.
+        """
         gone = np.flatnonzero(removed[self._pairs.leaf])
-        where, index = self._pairs.where[gone], self._pairs.index[gone]
-        edges = np.flatnonzero(np.diff(where)) + 1
+        column, index = self._pairs.column[gone], self._pairs.index[gone]
+        edges = np.flatnonzero(column[1:] != column[:-1]) + 1
         parts = np.split(index, edges) if len(index) else []
-        return {self._where[where[at]]: distinct(part) for at, part in zip([0, *edges.tolist()], parts, strict=False)}
+        found = {int(column[at]): distinct(part) for at, part in zip([0, *edges.tolist()], parts, strict=False)}
+        return {(name, dim): found[at] for name, dim, at in self._where if at in found}
 
     def groups_of(self, labels: Array) -> list[int]:
-        """Numbers of the groups whose units decide what is kept of `labels`."""
-        return [g for g in distinct(self._group_of[self.leaves_of(labels)[1]]).tolist() if g >= 0]
+        """Numbers of the groups whose units decide what is kept of `labels`, ascending."""
+        key = id(labels)
+        if key not in self._groups_in:
+            found = np.flatnonzero(np.bincount(self._group_of[self.leaves_of(labels)[1]] + 1)).tolist()
+            self._groups_in[key] = (labels, [g - 1 for g in found if g])
+        return self._groups_in[key][1]
 
     def count(self, labels: Array, removed: NDArray[np.bool_]) -> int:
         """How many of `labels` are kept."""
-        index, leaf = self.leaves_of(labels)
-        return len(labels) - len(distinct(index[removed[leaf]]))
+        return int(np.count_nonzero(self.mask(labels, removed)))
 
     def mask(self, labels: Array, removed: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """Which of `labels` are kept."""
@@ -119,7 +128,7 @@ class Graph:
 
     def flags(self, units: Mapping[int, Iterable[int]]) -> NDArray[np.bool_]:
         """Flags of the leaves that go, from unit numbers by group."""
-        removed = np.zeros(self.coupler.labels.count, bool)
+        removed = np.zeros(self.classes, bool)
         for group, numbers in units.items():
             removed[self.groups[group].leaves[np.asarray(list(numbers), dtype=np.int64)]] = True
         return removed
@@ -130,7 +139,14 @@ class Graph:
         """New values of module attributes after a cut, and equations between sizes that it breaks."""
         old = self.recording.sizes.old
         chosen = self.coupler.equations if equations is None else equations
-        found, wrong = solve(chosen, old, lambda labels: self.count(labels, removed))
+        counts: dict[int, int] = {}
+
+        def count(labels: Array) -> int:
+            if id(labels) not in counts:
+                counts[id(labels)] = self.count(labels, removed)
+            return counts[id(labels)]
+
+        found, wrong = solve(chosen, old, count)
         return {name: n for name, n in found.items() if n != old[name]}, wrong
 
     def rewrites(self, wrong: Iterable[Equation], removed: NDArray[np.bool_]) -> tuple[tuple[Rewrite, ...], list[Equation]]:
@@ -165,7 +181,7 @@ class Graph:
         """``(index, leaf)``: position `index` of `labels` goes when any of its leaves goes."""
         key = id(labels)
         if key not in self._count_pairs:
-            index, leaf, _ = self._leaves.expand(labels)
+            index, leaf = self._leaves.expand(labels)
             self._count_pairs[key] = (labels, index, leaf)
         return self._count_pairs[key][1:]
 
@@ -173,14 +189,14 @@ class Graph:
         """Reasons by frozen class; a frozen product freezes its factors."""
         labels = self.coupler.labels
         reasons: dict[int, str] = {KEPT: "it meets a dimension that cannot be cut"}
-        flags = np.zeros(labels.count, bool)
+        flags = np.zeros(self.classes, bool)
         flags[KEPT] = True
         frozen = list(labels.frozen)
         for equation in self.coupler.equations:
             for side, other in ((equation.left, equation.right), (equation.right, equation.left)):
                 if other[0] == "const" and side[0] in ("count", "dim"):
                     frozen += [(own, f"its size is written as a number ({equation})") for own in counts_in(side)]
-        pending = [(labels.find(own), reason) for own, reason in frozen]
+        pending = [(self._leaves.roots[own], reason) for own, reason in frozen]
         row, factors = self._leaves.row, self._leaves.factors
         while pending:
             own, reason = pending.pop(0)
@@ -197,28 +213,34 @@ class Graph:
 
     def _find_groups(self, reasons: dict[int, str]) -> list[Group]:
         """Leaves that cut the same (tensor, dimension) pairs in the same role make one group."""
-        values = self.recording.values
-        self._where: list[tuple[str, int]] = []
-        columns: list[tuple[Array, Array, Array, Array]] = []
-        for name, value in values.items():
+        self._where: list[tuple[str, int, int]] = []
+        by_identity: dict[int, int] = {}
+        by_content: dict[bytes, int] = {}
+        dims: list[Array] = []
+        for name, value in self.recording.values.items():
             for d, own in enumerate(value.labels or []):
-                if own is not None:
-                    index, leaf, path = self._leaves.expand(own)
-                    columns.append((leaf, np.full(len(leaf), len(self._where)), index, path))
-                    self._where.append((name, d))
-        if not columns:
+                if own is None:
+                    continue
+                at = by_identity.get(id(own), -1)
+                if at < 0:
+                    roots = self._leaves.roots[own]
+                    at = by_identity[id(own)] = by_content.setdefault(roots.tobytes(), len(dims))
+                    if at == len(dims):
+                        dims.append(roots)
+                self._where.append((name, d, at))
+        if not dims:
             self._pairs = _Pairs(*(np.zeros(0, np.int64) for _ in range(4)))
             return []
-        pairs = _Pairs(*(np.concatenate(c) for c in zip(*columns, strict=True)))
-        self._pairs = pairs
-        _, path = np.unique(pairs.path, return_inverse=True)
-        role = pairs.where * (int(path.max()) + 1) + path
-        n_roles = int(role.max()) + 1
+        pairs = self._pairs = self._leaves.pairs(dims)
+        paths = distinct(pairs.path)
+        n_paths = len(paths)
+        role = pairs.column * n_paths + np.searchsorted(paths, pairs.path)
+        n_roles = len(dims) * n_paths
         once = distinct(pairs.leaf * n_roles + role)
         weights = np.random.default_rng(0).integers(1, 2**62, n_roles).astype(np.uint64)
-        signature = np.zeros(self.coupler.labels.count, np.uint64)
+        signature = np.zeros(self.classes, np.uint64)
         np.add.at(signature, once // n_roles, weights[once % n_roles])
-        frozen = np.zeros(self.coupler.labels.count, bool)
+        frozen = np.zeros(self.classes, bool)
         frozen[list(reasons)] = True
         signature[frozen] += np.uint64(1)
         return self._assemble(pairs, role, signature, reasons)
@@ -232,19 +254,11 @@ class Graph:
         group_of_leaf = rank[inverse.reshape(-1)]
         order = np.argsort(group_of_leaf, kind="stable")
         sizes = np.bincount(group_of_leaf)
-        unit = np.empty(self.coupler.labels.count, np.int64)
-        group = np.empty(self.coupler.labels.count, np.int64)
+        unit = np.empty(self.classes, np.int64)
+        group = np.empty(self.classes, np.int64)
         unit[leaves[order]] = np.arange(len(order)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
         group[leaves] = group_of_leaf
-        key = group[pairs.leaf] * (int(role.max()) + 1) + role
-        by_key = np.argsort(key, kind="stable")
-        edges = np.flatnonzero(np.diff(key[by_key])) + 1
-        members: list[list[Member]] = [[] for _ in sizes]
-        for rows in np.split(by_key, edges):
-            tensor, dim = self._where[pairs.where[rows[0]]]
-            members[group[pairs.leaf[rows[0]]]].append(
-                Member(tensor, dim, pairs.index[rows], unit[pairs.leaf[rows]], int(pairs.path[rows[0]]))
-            )
+        members = self._members(pairs, group[pairs.leaf], unit[pairs.leaf], role)
         marks = self._marks()
         groups = []
         for g, own in enumerate(np.split(leaves[order], np.cumsum(sizes)[:-1])):
@@ -253,8 +267,24 @@ class Graph:
         self._find_siblings(groups, pairs, group)
         return groups
 
+    def _members(self, pairs: _Pairs, group: Array, unit: Array, role: Array) -> dict[int, list[Member]]:
+        """The members of each group, in the order of the model's tensors; `group`, `unit` and `role` are those of the pairs."""
+        by_role = np.argsort(role * (int(group.max()) + 1) + group, kind="stable")
+        ordered_role, ordered_group = role[by_role], group[by_role]
+        edges = np.flatnonzero((ordered_role[1:] != ordered_role[:-1]) | (ordered_group[1:] != ordered_group[:-1])) + 1
+        parts: dict[int, list[tuple[int, Array, Array, int]]] = {}
+        for rows in np.split(by_role, edges):
+            at = rows[0]
+            part = (int(group[at]), pairs.index[rows], unit[rows], int(pairs.path[at]))
+            parts.setdefault(int(pairs.column[at]), []).append(part)
+        found: dict[int, list[Member]] = {}
+        for tensor, dim, column in self._where:
+            for g, indices, units, path in parts.get(column, ()):
+                found.setdefault(g, []).append(Member(tensor, dim, indices, units, path))
+        return found
+
     def _find_siblings(self, groups: list[Group], pairs: _Pairs, group: Array) -> None:
-        at = pairs.where * (int(pairs.index.max()) + 1) + pairs.index
+        at = pairs.column * (int(pairs.index.max()) + 1) + pairs.index
         order = np.argsort(at, kind="stable")
         owner, at = group[pairs.leaf][order], at[order]
         shift = 1
@@ -267,9 +297,10 @@ class Graph:
             shift += 1
 
     def _marks(self) -> dict[str, NDArray[np.bool_]]:
-        marks = {kind: np.zeros(self.coupler.labels.count, bool) for kind in ("head", "head_dim", "channel", "width")}
-        for own, kind in self.coupler.marks:
-            marks[kind][self._leaves.expand(own)[1]] = True
+        marks = {kind: np.zeros(self.classes, bool) for kind in ("head", "head_dim", "channel", "width")}
+        for kind, flags in marks.items():
+            if own := [labels for labels, of_kind in self.coupler.marks if of_kind == kind]:
+                flags[self._leaves.expand(np.concatenate(own))[1]] = True
         return marks
 
     def _kind(self, leaves: Array, marks: dict[str, NDArray[np.bool_]]) -> str:
@@ -282,13 +313,8 @@ class Graph:
         by_attribute: dict[str, set[int]] = {}
         groups_in: list[set[int]] = []
         for i, e in enumerate(equations):
-            own = {
-                g
-                for side in (e.left, e.right)
-                for a in counts_in(side)
-                for g in distinct(self._group_of[self.leaves_of(a)[1]]).tolist()
-            }
-            groups_in.append(own - {-1})
+            own = {g for side in (e.left, e.right) for a in counts_in(side) for g in self.groups_of(a)}
+            groups_in.append(own)
             for g in own:
                 by_group.setdefault(g, set()).add(i)
             for side in (e.left, e.right):
@@ -341,20 +367,29 @@ class Graph:
 
 @dataclass(eq=False)
 class _Pairs:
-    """Parallel arrays: index `index` of the dimension number `where` goes when `leaf` goes, which is in role `path` there."""
+    """Parallel arrays: index `index` of the labels number `column` goes when `leaf` goes, which is in role `path` there.
+
+    A column stands for all dimensions of tensors along which the same labels run.
+    """
 
     leaf: Array
-    where: Array
+    column: Array
     index: Array
     path: Array
 
 
 class _Leaves:
-    """Products taken apart into leaves."""
+    """Classes of labels, numbered without gaps, and products taken apart into leaves: the classes that are no products."""
 
     def __init__(self, labels: Labels):
-        self.roots = labels.find(np.arange(labels.count))
-        self.row = np.full(labels.count, -1)
+        roots = labels.all()
+        own = np.zeros(len(roots), bool)
+        own[roots] = True
+        self.count = int(np.count_nonzero(own))
+        number = np.empty(len(roots), np.int64)
+        number[own] = np.arange(self.count)
+        self.roots = number[roots]  #: the number of each label's class; KEPT stays 0
+        self.row = np.full(self.count, -1)
         width = max((len(s.sizes) for s in labels.splits), default=1)
         tables = [np.full((0, width), -1)]
         start = 0
@@ -369,9 +404,26 @@ class _Leaves:
         self.factors = np.concatenate(tables)
         self.row[KEPT] = -1
 
-    def expand(self, labels: Array) -> tuple[Array, Array, Array]:
-        """``(index, leaf, role)``: position `index` of `labels` goes when any of its leaves goes."""
-        index, own, path = np.arange(len(labels)), self.roots[labels], np.zeros(len(labels), np.int64)
+    def expand(self, labels: Array) -> tuple[Array, Array]:
+        """``(index, leaf)``: position `index` of `labels` goes when any of its leaves goes."""
+        roots = self.roots[labels]
+        if (self.row[roots] >= 0).any():
+            return self._taken_apart(roots)[:2]
+        index = np.flatnonzero(roots != KEPT)
+        return index, roots[index]
+
+    def pairs(self, columns: Sequence[Array]) -> _Pairs:
+        """The pairs of columns of representatives, column after column."""
+        sizes = [len(own) for own in columns]
+        at, leaf, path = self._taken_apart(np.concatenate(columns))
+        column = np.repeat(np.arange(len(sizes)), sizes)[at]
+        order = np.argsort(column, kind="stable")
+        start = np.cumsum([0, *sizes[:-1]])
+        return _Pairs(leaf[order], column[order], (at - start[column])[order], path[order])
+
+    def _taken_apart(self, roots: Array) -> tuple[Array, Array, Array]:
+        """``(index, leaf, role)`` of representatives."""
+        index, own, path = np.arange(len(roots)), roots, np.zeros(len(roots), np.int64)
         done: list[tuple[Array, Array, Array]] = []
         for _ in range(8):
             product = self.row[own] >= 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -92,9 +92,9 @@ def _replaceable(module: nn.Module) -> bool:
 
 
 @contextlib.contextmanager
-def explicit_heads(model: nn.Module) -> Iterator[bool]:
+def explicit_heads(modules: Iterable[nn.Module]) -> Iterator[bool]:
     """Inside, every `nn.MultiheadAttention` that can be is a `HeadAttention`. Yields whether there is any."""
-    changed = [module for module in model.modules() if _replaceable(module)]
+    changed = [module for module in modules if _replaceable(module)]
     for module in changed:
         module.__class__ = HeadAttention
     try:

@@ -21,6 +21,7 @@ Array = NDArray[np.int64]
 Dim = Array | None
 
 KEPT = 0  #: the label of what is always kept
+_AT_ONCE = 1 << 14  #: labels worked on at once, so that what lies between needs little memory
 
 
 @dataclass(eq=False)
@@ -45,6 +46,8 @@ class Labels:
         self.count = 1
         self.splits: list[Split] = []
         self.frozen: list[tuple[Array, str]] = []
+        self._waiting: list[tuple[Array, Array]] = []  #: ties, drawn together when they are many or somebody asks
+        self._n_waiting = 0
         self._split_memo: dict[tuple[bytes, tuple[int, ...]], list[Dim]] = {}
         self._merge_memo: dict[tuple[bytes, ...], Array] = {}
 
@@ -59,6 +62,8 @@ class Labels:
 
     def find(self, labels: Array) -> Array:
         """The representative of each label's class."""
+        if self._waiting:
+            self._settle()
         root = self._parent[labels]
         while True:
             above = self._parent[root]
@@ -67,6 +72,18 @@ class Labels:
             root = above
         self._parent[labels] = root
         return root
+
+    def all(self) -> Array:
+        """The representative of every label there is. ``[count]``."""
+        for start in range(0, self.count, _AT_ONCE):
+            self.find(np.arange(start, min(start + _AT_ONCE, self.count)))  # which shortens the ways, so that one step is left
+        return self._parent[: self.count]
+
+    def _settle(self) -> None:
+        sides = [np.concatenate(side) for side in zip(*self._waiting, strict=True)]
+        self._waiting.clear()
+        self._n_waiting = 0
+        self.union(*sides)
 
     def union(self, a: Array, b: Array) -> bool:
         """Make ``a[i]`` and ``b[i]`` one class for every i. True where that changed anything."""
@@ -87,7 +104,12 @@ class Labels:
             self.freeze(b, reason)
             return None
         if a is not b:
-            self.union(a, b)
+            if a.shape != b.shape:
+                raise ValueError(f"dimensions of {len(a)} and {len(b)} indices cannot be tied")
+            self._waiting.append((a, b))
+            self._n_waiting += len(a)
+            if self._n_waiting > _AT_ONCE:
+                self._settle()
         return a
 
     def freeze(self, dim: Dim, reason: str) -> None:
@@ -161,6 +183,8 @@ class Labels:
 
     def _refine(self) -> bool:
         """Bring splits of the same labels to different sizes to their common refinement; collapse them where there is none."""
+        if not self._contested():
+            return False
         owner: dict[int, Split] = {}
         for s in self.splits:
             for label in self.find(s.whole).tolist():
@@ -176,6 +200,18 @@ class Labels:
                 for split in (other, s):
                     self._resplit(split, sizes)
                 return True
+        return False
+
+    def _contested(self) -> bool:
+        """Whether some label is split in two ways."""
+        way = np.full(self.count, -1)
+        ways: dict[tuple[int, ...], int] = {}
+        for s in self.splits:
+            whole, own = self.find(s.whole), ways.setdefault(s.sizes[1:], len(ways))
+            before = way[whole]
+            if ((before >= 0) & (before != own)).any():
+                return True
+            way[whole] = own
         return False
 
     def _collapse(self, split: Split) -> None:
@@ -204,7 +240,7 @@ class Labels:
 
     def kept(self, removed: Array) -> NDArray[np.bool_]:
         """Whether each label is kept when the leaf classes `removed` go. ``[count]``."""
-        roots = self.find(np.arange(self.count))
+        roots = self.all()
         kept = np.ones(self.count, bool)
         kept[removed] = False
         rows = [(roots[s.whole], [roots[c] for c in s.columns()]) for s in self.splits]

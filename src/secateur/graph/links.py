@@ -67,7 +67,9 @@ def _find(graph: Graph) -> dict[int, Links]:
 
 def _words(graph: Graph, node: Node) -> Iterator[tuple[Dim, str]]:
     """What an operation has to say about the dimensions it touches."""
-    tensors = graph.coupler.tensors(node)
+    if node.name not in _PRODUCTS and node.name not in _WORDS and "attention" not in node.name:
+        return
+    tensors = node.tensors
     outputs = [own for value in node.outputs for own in value.labels or ()]
     if node.name in _PRODUCTS:
         yield from _of_product(graph, node, tensors, outputs)

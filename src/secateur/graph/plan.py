@@ -28,15 +28,17 @@ def make_plan(graph: Graph, model: nn.Module, removed: Mapping[int, Iterable[int
         raise LayerError(f"the forward depends on {other}. Keep more units there, or leave it out with ignore=.")
     values = graph.recording.values
     cuts = []
+    kept: dict[int, tuple[int, ...]] = {}  # dimensions that lose the same share one tuple
     for (name, dim), gone in graph.removed_indices(removed_leaves).items():
-        flags = np.ones(values[name].shape[dim], bool)
-        flags[gone] = False
-        kept = np.flatnonzero(flags)
-        if not len(kept):
+        if id(gone) not in kept:
+            flags = np.ones(values[name].shape[dim], bool)
+            flags[gone] = False
+            kept[id(gone)] = tuple(np.flatnonzero(flags).tolist())
+        if not kept[id(gone)]:
             raise LayerError(
                 f"nothing would be left of dimension {dim} of {name!r}, shape {values[name].shape}. Lower the sparsity."
             )
-        cuts.append(Cut(name, dim, tuple(kept.tolist())))
+        cuts.append(Cut(name, dim, kept[id(gone)]))
     groups = tuple(_group(graph, group, removed) for group in graph.groups)
     return Plan(_layers(graph, cuts), tuple(cuts), _skipped(graph, cuts), attributes, (), rewrites, groups)
 

@@ -7,13 +7,13 @@ from typing import Any
 
 from torch import nn
 
-from secateur.errors import LayerError, ModelError, RecipeError, UnknownName
+from secateur.errors import LayerError, RecipeError, UnknownName
+from secateur.graph.checked import cut_checked
 from secateur.graph.choose import Scope, select
 from secateur.graph.cut import cut
 from secateur.graph.graph import KINDS, Graph, Group, trace
 from secateur.graph.plan import make_plan
 from secateur.graph.scores import Reduction, Scores, unit_scores
-from secateur.graph.verify import TOLERANCE, difference
 from secateur.layers import matches
 from secateur.types import Plan
 
@@ -55,15 +55,9 @@ def prune_channels(
     ranked = unit_scores(model, groups, scores, reduction)
     removed = select(graph, groups, ranked, sparsity, round_to=round_to, min_width=min_width, scope=scope)
     plan = make_plan(graph, model, removed)
-    smaller = cut(model, plan)
     if verify and not any(p.is_meta for p in model.parameters()):
-        error = difference(model, smaller, graph, graph.flags(removed), example)
-        if not error <= TOLERANCE:
-            raise ModelError(
-                f"the cut model differs from the masked original by {error:.2g}, relative; at most {TOLERANCE:g} is rounding. "
-                f"Leave out what does not follow the cut with ignore=, and report the model."
-            )
-    return smaller, plan
+        return cut_checked(model, plan, graph, removed, example).model, plan
+    return cut(model, plan), plan
 
 
 def choose_groups(graph: Graph, kinds: Sequence[str], ignore: Sequence[str] = ()) -> list[Group]:

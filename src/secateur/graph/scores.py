@@ -78,13 +78,18 @@ def _fold(units: int, members: Iterable[Member], saliency: _Saliency, reduction:
 
 
 class _Saliency:
-    """Saliencies of weights, summed (for l2 squared and summed, for max maximised) over all dimensions but one."""
+    """Saliencies of weights, summed (for l2 squared and summed, for max maximised) over all dimensions but one.
+
+    A weight is read once, some of its rows at a time: what is made of them stays in the cache until it is summed both ways, and
+    needs no memory of the weight's size.
+    """
 
     def __init__(self, model: nn.Module, scores: Scores, reduction: Reduction):
         self.layers, _ = find_layers(model)
         self.tensors = dict(model.named_parameters(remove_duplicate=False))
         self.scores, self.reduction = scores, reduction
-        self._found: dict[str, dict[int, Tensor]] = {}
+        self._found: dict[tuple[str, int], Tensor | None] = {}
+        self._sums: dict[str, tuple[Tensor, Tensor] | None] = {}
         self._scratch = torch.empty(0)
 
     def slice_size(self, name: str, dim: int) -> float:
@@ -94,44 +99,73 @@ class _Saliency:
 
     def along(self, name: str, dim: int) -> Tensor | None:
         """``[indices of dim]``, or None for what is no weight or has no saliency."""
-        if name not in self._found:
+        if name not in self._sums:
             score = self._of(name)
-            self._found[name] = (
-                {d: self._reduce(score, d).double().cpu() for d in range(score.ndim)} if score is not None else {}
-            )
-        return self._found[name].get(dim)
+            self._sums[name] = None if score is None else self._folded(score)
+        sums = self._sums[name]
+        if sums is None:
+            return None
+        if (name, dim) not in self._found:
+            first, block = sums
+            over = [d for d in range(block.ndim) if d != dim - 1]
+            values = first if dim == 0 else block if not over else block.amax(over) if self._highest else block.sum(over)
+            self._found[name, dim] = values.double().cpu()
+        return self._found[name, dim]
 
     def _of(self, name: str) -> Tensor | None:
-        layer = self.layers.get(name)
-        if name not in self.tensors or self.tensors[name].ndim < 2:
+        """The saliency of each weight as it is stored; for l1 the weight itself, of which magnitudes are taken."""
+        weight, layer = self.tensors.get(name), self.layers.get(name)
+        if weight is None or weight.ndim < 2:
             return None
-        weight = self.tensors[name].detach()
         if self.scores == "l1":
-            score = torch.abs(weight, out=self._room(weight))
-        elif isinstance(self.scores, Mapping):
+            return weight.detach()
+        if isinstance(self.scores, Mapping):
             given = self.scores.get(name)
-            if given is None:
-                return None
-            score = layer.stored(given) if layer else given
         else:
-            given = self.scores(name, layer.canonical(weight) if layer else weight)  # type: ignore[operator]
-            score = layer.stored(given) if layer else given
-        score = score.square() if self.reduction == "l2" else score
-        if score.ndim <= 2 or layer is None or self.reduction == "max" or not score.is_floating_point():
-            return score
-        kernel = score.flatten(2)  # a matrix-vector product is the fastest of sums
-        return kernel.squeeze(-1) if kernel.shape[-1] == 1 else kernel @ kernel.new_ones(kernel.shape[-1])
+            given = self.scores(name, layer.canonical(weight.detach()) if layer else weight.detach())  # type: ignore[operator]
+        return layer.stored(given) if layer and given is not None else given
 
-    def _room(self, like: Tensor) -> Tensor:
+    @property
+    def _highest(self) -> bool:
+        return self.reduction == "max"
+
+    def _folded(self, score: Tensor) -> tuple[Tensor, Tensor]:
+        """The sums over all dimensions but the first, and over the first; or the maxima."""
+        if self._highest:
+            score = score.abs() if self.scores == "l1" else score
+            return score.flatten(1).amax(1), score.amax(0)
+        return self._summed(score)
+
+    def _summed(self, score: Tensor) -> tuple[Tensor, Tensor]:
+        """By products with ones, the fastest of sums."""
+        score = score if score.is_floating_point() else score.double()
+        kind = score.dtype if score.dtype == torch.float64 else torch.float32
+        n, inner = len(score), score.shape[1:].numel()
+        some = max(1, min(n, _AT_ONCE[score.device.type == "cpu"] // max(inner, 1)))
+        room = self._room(some * inner, kind, score.device)
+        rows, columns = room.new_empty(n), room.new_zeros(inner)
+        across, down = room.new_ones(inner), room.new_ones(some)
+        for start in range(0, n, some):
+            part = score[start : start + some]
+            made = room[: part.numel()].view(part.shape)
+            if self.scores == "l1" and score.dtype == kind:
+                torch.abs(part, out=made)
+            else:
+                made.copy_(part)
+                made = made.abs_() if self.scores == "l1" else made
+            if self.reduction == "l2":
+                made.square_()
+            matrix = made.view(len(part), inner)
+            torch.mv(matrix, across, out=rows[start : start + len(part)])
+            columns.addmv_(matrix.t(), down[: len(part)])
+        return rows, columns.view(score.shape[1:])
+
+    def _room(self, size: int, kind: torch.dtype, device: torch.device) -> Tensor:
         """Memory that is used again and again: asking for new pages takes longer than the sums."""
-        if self._scratch.numel() < like.numel() or self._scratch.dtype != like.dtype or self._scratch.device != like.device:
-            self._scratch = torch.empty(like.numel(), dtype=like.dtype, device=like.device)
-        return self._scratch[: like.numel()].view(like.shape)
+        if self._scratch.numel() < size or self._scratch.dtype != kind or self._scratch.device != device:
+            self._scratch = torch.empty(max(size, _AT_ONCE[device.type == "cpu"]), dtype=kind, device=device)
+        return self._scratch[:size]
 
-    def _reduce(self, score: Tensor, dim: int) -> Tensor:
-        rest = [d for d in range(score.ndim) if d != dim]
-        if self.reduction == "max":
-            return score.amax(rest)
-        if score.ndim == 2 and score.is_floating_point():
-            return score @ score.new_ones(score.shape[1]) if dim == 0 else score.new_ones(score.shape[0]) @ score
-        return score.sum(rest)
+
+#: Values worked on at once: on other devices, and on the CPU, where they are to stay in the cache.
+_AT_ONCE = (1 << 24, 1 << 19)

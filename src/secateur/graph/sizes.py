@@ -12,7 +12,7 @@ import contextlib
 import functools
 import operator
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -237,8 +237,8 @@ class Sizes(TorchFunctionMode):
         finally:
             self.current = before
         if name in _SIZED or _has_size(args) or _has_size(kwargs.values()):
-            call.output = self.recorder._values(out)
-            call.args, call.kwargs = self.recorder._values(args), self.recorder._values(kwargs)
+            call.output = self.recorder.values(out)
+            call.args, call.kwargs = self.recorder.values(args), self.recorder.values(kwargs)
             if name in RESHAPES:
                 call.frames = frames_from(sys._getframe(1))
             self.calls.append(call)
@@ -256,13 +256,13 @@ class Sizes(TorchFunctionMode):
         return Size(n, functools.reduce(lambda a, b: ("*", a, b), dims), self)
 
     @contextlib.contextmanager
-    def tracking(self, model: nn.Module) -> Iterator[None]:
-        """Replace integer attributes by remembered ones, inside."""
+    def tracking(self, modules: Mapping[str, nn.Module]) -> Iterator[None]:
+        """Replace integer attributes of modules, given by name, by remembered ones, inside."""
         names = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
         originals = {n: getattr(F, n) for n in names}
         undo: list[tuple[dict[str, Any], str, Any]] = []
         seen: set[int] = set()
-        for path, module in model.named_modules():
+        for path, module in modules.items():
             self._tag(vars(module), path, undo)
             for key in ("config", "cfg"):
                 config = vars(module).get(key)

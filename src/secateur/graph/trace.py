@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from secateur.graph.shapes import IN_PLACE, SHAPES, Like, contiguous
 from secateur.graph.sizes import Sizes
 
 log = logging.getLogger("secateur")
+_META = torch.device("meta")
 
 
 @dataclass(eq=False, slots=True, repr=False)
@@ -46,18 +48,13 @@ class Node:
     """One recorded operation. `args` and `kwargs` hold a `Value` wherever the call had a tensor."""
 
     op: Any
+    name: str  #: of the operation without overload and without the underscore of in-place ones: ``add_.Tensor`` -> ``add``
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    tensors: list[Value]  #: all that it was given
     outputs: list[Value]
     module: str
-    tensors: list[Value] | None = None  #: all that it was given, once `Coupler.tensors` has looked
     call: Any = None  #: the Python-level call (`sizes.Call`) inside which it happened
-
-    @property
-    def name(self) -> str:
-        """Name of the operation without overload and without the underscore of in-place ones: ``add_.Tensor`` -> ``add``."""
-        packet = self.op._overloadpacket.__name__
-        return packet.rstrip("_") if not packet.startswith("__") else packet
 
 
 @dataclass
@@ -94,6 +91,7 @@ class Recorder(TorchDispatchMode):
         self.device, self.meta = device, meta
         self._known: dict[Any, Any] = {}
         self.paused = False
+        self._real = False  #: whether the arguments last looked at had tensors with values
         self.nodes: list[Node] = []
         self.named: dict[str, Value] = {}
         self.stack: list[str] = []
@@ -122,32 +120,35 @@ class Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if self.paused or func.namespace == "prim":  # questions about a tensor, not operations on it
             return func(*args, **kwargs)
-        seen_args, seen_kwargs = self._values(args), self._values(kwargs)
+        tensors: list[Value] = []
+        self._real = False
+        seen_args, seen_kwargs = self.values(args, tensors), self.values(kwargs, tensors)
         if self.meta:
+            if self._real:
+                args, kwargs = _on_meta(args), _on_meta(kwargs)
             if kwargs.get("device") is not None:
                 if kwargs["device"].type == "meta":
                     seen_kwargs["device"] = self.device
-                kwargs = {**kwargs, "device": "meta"}
+                kwargs = {**kwargs, "device": _META}
             if func is torch.ops.aten._local_scalar_dense.default:
                 out = _Evaluated(self.nodes).scalar(seen_args[0])
             else:
-                out = self._inferred(func, _on_meta(args), _on_meta(kwargs))
+                out = self._inferred(func, args, kwargs)
         else:
             out = func(*args, **kwargs)
-        outputs = []
-        for tensor in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(tensor, Tensor):
-                value = Value(tuple(tensor.shape), tensor.dtype)
-                self.tag(tensor, value)
-                outputs.append(value)
-            elif isinstance(tensor, list):
-                for t in tensor:
-                    value = Value(tuple(t.shape), t.dtype)
-                    self.tag(t, value)
+        outputs: list[Value] = []
+        for given in out if isinstance(out, (tuple, list)) else (out,):
+            for tensor in given if isinstance(given, list) else (given,):
+                if isinstance(tensor, Tensor):
+                    value = Value(tuple(tensor.shape), tensor.dtype)
+                    self.tag(tensor, value)
                     outputs.append(value)
-        module = self.stack[-1] if self.stack else ""
-        self.nodes.append(Node(func, seen_args, seen_kwargs, outputs, module, call=self.sizes.current))
+        self._write(func, seen_args, seen_kwargs, tensors, outputs)
         return out
+
+    def _write(self, op: Any, args: Any, kwargs: Any, tensors: list[Value], outputs: list[Value]) -> None:
+        module = self.stack[-1] if self.stack else ""
+        self.nodes.append(Node(op, _name(op), args, kwargs, tensors, outputs, module, self.sizes.current))
 
     def _inferred(self, func: Any, args: Any, kwargs: Any) -> Any:
         """What `func` gives on the meta device. Networks do the same again and again, so shapes are worked out once."""
@@ -173,26 +174,44 @@ class Recorder(TorchDispatchMode):
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Attention as one operation: on the meta device it would fall apart into products that hide its scale."""
-        seen_args, seen_kwargs = self._values((q, k, v, *args)), self._values(kwargs)
+        tensors: list[Value] = []
+        seen_args, seen_kwargs = self.values((q, k, v, *args), tensors), self.values(kwargs, tensors)
         self.paused = True
         out = _made([contiguous((*q.shape[:-3], q.shape[-2], *q.shape[-3:-2], v.shape[-1]), q.dtype)])
         out = out.transpose(-3, -2) if q.dim() > 3 else out  # as the kernels lay it out
         self.paused = False
         value = Value(tuple(out.shape), out.dtype)
         self.tag(out, value)
-        module = self.stack[-1] if self.stack else ""
-        op = torch.ops.aten.scaled_dot_product_attention.default
-        self.nodes.append(Node(op, seen_args, seen_kwargs, [value], module, call=self.sizes.current))
+        self._write(torch.ops.aten.scaled_dot_product_attention.default, seen_args, seen_kwargs, tensors, [value])
         return out
 
-    def _values(self, x: Any) -> Any:
+    def values(self, x: Any, tensors: list[Value] | None = None) -> Any:
+        """Arguments with a `Value` for every tensor; these are added to `tensors` as well."""
+        kind = type(x)
+        if kind in _PLAIN:
+            return x
         if isinstance(x, Tensor):
-            return self.value(x)
+            value = self.value(x)
+            if tensors is not None:
+                tensors.append(value)
+            self._real |= not x.is_meta
+            return value
         if isinstance(x, (tuple, list)):
-            return type(x)(self._values(y) for y in x) if type(x) in (tuple, list) else tuple(self._values(y) for y in x)
+            seen = [y if type(y) in _PLAIN else self.values(y, tensors) for y in x]
+            return seen if kind is list else tuple(seen)
         if isinstance(x, dict):
-            return {k: self._values(v) for k, v in x.items()}
+            return {k: self.values(v, tensors) for k, v in x.items()}
         return x
+
+
+#: What arguments mostly are, beside tensors.
+_PLAIN = frozenset({int, float, bool, type(None), str, torch.dtype, torch.device})
+
+
+@functools.cache
+def _name(op: Any) -> str:
+    packet: str = op._overloadpacket.__name__
+    return packet.rstrip("_") if not packet.startswith("__") else packet
 
 
 class _Evaluated:
@@ -229,20 +248,21 @@ def record(model: nn.Module, example: Any) -> Recording:
     (``.item()``, data-dependent shapes) is run on real tensors instead, and the recording's notes say so. Raises ModelError
     where the forward itself fails. The model is left exactly as it was.
     """
-    if not any(isinstance(m, (nn.RNNBase, nn.RNNCellBase)) for m in model.modules()):  # whose kernels are those of a device
+    modules = dict(model.named_modules())
+    if not any(isinstance(m, (nn.RNNBase, nn.RNNCellBase)) for m in modules.values()):  # whose kernels are those of a device
         try:
-            return _record(model, example, "meta")
+            return _record(model, modules, example, "meta")
         except Exception as error:
             log.debug("tracing on fake tensors, since those of the meta device failed: %s", _short(error))
     try:
-        return _record(model, example, "fake")
+        return _record(model, modules, example, "fake")
     except Exception as error:
         if any(p.is_meta for p in model.parameters()):
             raise ModelError(f"the forward of {type(model).__name__} cannot be traced: {_short(error)}") from error
         log.info("tracing on real tensors, since fake ones failed: %s", _short(error))
         note = f"traced on real tensors, since fake ones failed: {_short(error)}"
     try:
-        recording = _record(model, example, "real")
+        recording = _record(model, modules, example, "real")
     except Exception as error:
         raise ModelError(
             f"the forward of {type(model).__name__} fails on the example: {_short(error)}. "
@@ -263,10 +283,12 @@ def tensors_in(tree: Any) -> list[Tensor]:
     """All tensors in a model's output, whatever containers it uses (mappings, sequences, dataclasses, plain objects)."""
     if isinstance(tree, Tensor):
         return [tree]
-    if isinstance(tree, Mapping):
-        return [t for v in tree.values() for t in tensors_in(v)]
+    if type(tree) in _PLAIN:
+        return []
     if isinstance(tree, (tuple, list)):
         return [t for v in tree for t in tensors_in(v)]
+    if isinstance(tree, Mapping):
+        return [t for v in tree.values() for t in tensors_in(v)]
     if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
         return [t for v in vars(tree).values() for t in tensors_in(v)]
     return []
@@ -277,7 +299,9 @@ def _short(error: Exception) -> str:
     return f"{type(error).__name__}: {text[:200]}"
 
 
-def _record(model: nn.Module, example: Any, how: Literal["meta", "fake", "real"]) -> Recording:
+def _record(
+    model: nn.Module, modules: Mapping[str, nn.Module], example: Any, how: Literal["meta", "fake", "real"]
+) -> Recording:
     args, kwargs = arguments(example)
     device = next((t.device for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)), torch.device("cpu"))
     mode = FakeTensorMode(allow_non_fake_inputs=True) if how == "fake" else None
@@ -287,20 +311,20 @@ def _record(model: nn.Module, example: Any, how: Literal["meta", "fake", "real"]
         return _bare(tensor) if how == "meta" else _faked(tensor, mode, device)
 
     calls: list[ModuleCall] = []
-    with untouched(model), explicit_heads(model) as replaced, contextlib.ExitStack() as stack:
-        _substitute(model, recorder, stand_in)
+    with untouched(model), explicit_heads(modules.values()) as replaced, contextlib.ExitStack() as stack:
+        _substitute(modules, recorder, stand_in)
         args, kwargs = pytree.tree_map_only(Tensor, stand_in, (args, kwargs))
         inputs = []
         for t in pytree.tree_leaves((args, kwargs)):
             if isinstance(t, Tensor):
                 inputs.append(Value(tuple(t.shape), t.dtype))
                 recorder.tag(t, inputs[-1])
-        stack.enter_context(_watched(model, recorder, calls))
-        stack.enter_context(_quiet())
+        stack.enter_context(_watched(modules, recorder, calls))
         stack.enter_context(torch.no_grad())
         if mode is not None:
+            stack.enter_context(_quiet())
             stack.enter_context(mode)
-        stack.enter_context(recorder.sizes.tracking(model))
+        stack.enter_context(recorder.sizes.tracking(modules))
         stack.enter_context(recorder)
         output = model(*args, **kwargs)
     tensors = tensors_in(output)
@@ -317,26 +341,27 @@ def _faked(tensor: Tensor, mode: FakeTensorMode | None, device: torch.device) ->
     if tensor.layout != torch.strided or type(tensor) not in (Tensor, nn.Parameter) or tensor.is_quantized:
         return mode.from_tensor(tensor, static_shapes=True)
     # what from_tensor does for a plain tensor, without describing it first: ten times faster
-    made = FakeTensor(mode, torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta"), device)
+    made = FakeTensor(mode, torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=_META), device)
     made._is_param = isinstance(tensor, nn.Parameter)  # type: ignore[attr-defined]
     return made
 
 
 def _bare(tensor: Tensor) -> Tensor:
     """A tensor of the meta device like this one."""
-    made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+    made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=_META)
     return nn.Parameter(made, False) if isinstance(tensor, nn.Parameter) else made
 
 
 def _made(likes: list[Like]) -> Any:
-    made = tuple(torch.empty_strided(shape, stride, dtype=dtype, device="meta") for shape, stride, dtype in likes)
+    made = tuple(torch.empty_strided(shape, stride, dtype=dtype, device=_META) for shape, stride, dtype in likes)
     return made[0] if len(made) == 1 else made
 
 
 def _key(x: Any) -> Any:
-    if isinstance(x, Tensor):
-        return x.shape, x.stride(), x.dtype
-    return tuple(map(_key, x)) if isinstance(x, (tuple, list)) else (type(x), x)
+    kind = type(x)
+    if kind is list or kind is tuple:
+        return kind, *[_key(y) for y in x]
+    return (x.shape, x.stride(), x.dtype) if isinstance(x, Tensor) else (kind, x)
 
 
 def _on_meta(x: Any) -> Any:
@@ -348,11 +373,12 @@ def _on_meta(x: Any) -> Any:
     return {k: _on_meta(v) for k, v in x.items()} if type(x) is dict else x
 
 
-def _substitute(model: nn.Module, recorder: Recorder, stand_in_for: Callable[[Tensor], Tensor]) -> None:
+def _substitute(modules: Mapping[str, nn.Module], recorder: Recorder, stand_in_for: Callable[[Tensor], Tensor]) -> None:
     """Put tagged stand-ins in the place of all parameters and buffers."""
     stand_in: dict[int, Tensor] = {}
-    for path, module in model.named_modules():
-        for table in (module._parameters, module._buffers):
+    for path, module in modules.items():
+        tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for table in tables:
             for key, tensor in table.items():
                 if tensor is None:
                     continue
@@ -373,18 +399,22 @@ def untouched(model: nn.Module) -> Iterator[None]:
     """Evaluation mode inside; afterwards every module has the attributes, parameters, buffers and hooks it had."""
     saved = []
     for module in model.modules():
-        tables = {k: dict(v) for k, v in vars(module).items() if isinstance(v, dict)}
-        saved.append((module, dict(vars(module)), tables))
+        attributes = dict(vars(module))
+        saved.append((vars(module), attributes, [(v, dict(v)) for v in attributes.values() if isinstance(v, dict)]))
     try:
-        model.eval()
+        if all(type(m).train is nn.Module.train and type(m).eval is nn.Module.eval for m in model.modules()):
+            for own, *_ in saved:
+                own["training"] = False  # what eval() does, without asking of every module what kind of attribute that is
+        else:
+            model.eval()
         yield
     finally:
-        for module, attributes, tables in saved:
-            vars(module).clear()
-            vars(module).update(attributes)
-            for key, table in tables.items():
-                vars(module)[key].clear()
-                vars(module)[key].update(table)
+        for own, attributes, tables in saved:
+            own.clear()
+            own.update(attributes)
+            for table, before in tables:
+                table.clear()
+                table.update(before)
 
 
 @contextlib.contextmanager
@@ -400,11 +430,9 @@ def _quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _watched(model: nn.Module, recorder: Recorder, calls: list[ModuleCall]) -> Iterator[None]:
+def _watched(modules: Mapping[str, nn.Module], recorder: Recorder, calls: list[ModuleCall]) -> Iterator[None]:
     """Know at every operation in which module it happens."""
-    names: dict[nn.Module, str] = {}
-    for name, module in model.named_modules():
-        names.setdefault(module, name)
+    names = {module: name for name, module in modules.items()}
     open_calls: list[ModuleCall] = []
 
     def before(module: nn.Module, args: Any, kwargs: Any = None) -> None:

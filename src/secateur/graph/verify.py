@@ -40,11 +40,11 @@ class Replay:
     def run(self, known: dict[Value, Tensor]) -> list[Tensor]:
         """The outputs, given the tensors of parameters, buffers and inputs."""
         recording = self.graph.recording
-        last = {v: i for i, node in enumerate(recording.nodes) for v in _values((node.args, node.kwargs))}
+        last = {v: i for i, node in enumerate(recording.nodes) for v in node.tensors}
         keep = set(recording.outputs)
         for i, node in enumerate(recording.nodes):
             self._step(node, known)
-            for value in {*_values((node.args, node.kwargs)), *node.outputs}:
+            for value in {*node.tensors, *node.outputs}:
                 if last.get(value, i) <= i and value not in keep:
                     known.pop(value, None)
         return [self._tensor(v, known) for v in recording.outputs]

@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import nn
 
-from secateur.errors import RecipeError, TrainingError, UnknownName
+from secateur.errors import ModelError, RecipeError, TrainingError, UnknownName
+from secateur.graph import passed_on
 
 
 @contextmanager
@@ -63,10 +63,11 @@ def _leave_out(name: str, p: float) -> Any:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if not module.training or float(torch.rand(())) >= p:
             return None
-        given = next((t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)), None)
-        first = output if isinstance(output, Tensor) else next(iter(output))
-        if given is None or not isinstance(first, Tensor) or given.shape != first.shape:
-            raise TrainingError(f"layerdrop: the output of block {name!r} has not the shape of its input; leave it out")
-        return given if isinstance(output, Tensor) else type(output)((given, *tuple(output)[1:]))
+        try:
+            return passed_on(args, kwargs, output)
+        except ModelError as error:
+            raise TrainingError(
+                f"layerdrop: the output of block {name!r} has not the shape of its input; leave it out"
+            ) from error
 
     return hook

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from secateur.criteria import UNIT_CRITERIA
-from secateur.data.batches import Batch, inputs_of
-from secateur.errors import ModelError, RecipeError
-from secateur.graph import cut, difference, make_plan, select, trace
-from secateur.graph.verify import TOLERANCE
+from secateur.data.batches import Batch, arguments_of
+from secateur.errors import RecipeError
+from secateur.graph import cut_checked, make_plan, select, trace
 from secateur.layers import Layer, find_layers
 from secateur.patterns import Units
 from secateur.recipe import Recipe
@@ -136,8 +135,7 @@ class CutUnits:
         if recipe.allocation is not None and recipe.allocation not in ALLOCATIONS:
             raise RecipeError(f"pattern {units.name!r} knows the allocations {', '.join(ALLOCATIONS)} in gradual pruning")
         self._model, self._recipe, self._units = model, recipe, units
-        args, kwargs = inputs_of(example)
-        self._example, self._arguments = example, kwargs or args
+        self._example, self._arguments = example, arguments_of(example)
         self.target = check_sparsity(recipe.sparsity)
         self._graph = trace(model, self._arguments)
         self._groups = units_to_cut(self._graph, recipe, units)
@@ -175,11 +173,7 @@ class CutUnits:
     def cut(self) -> tuple[nn.Module, Plan]:
         """The smaller model, and the plan that makes it; checked against the masked model on the example."""
         plan = self.plan()
-        smaller = cut(self._model, plan)
-        error = difference(self._model, smaller, self._graph, self._graph.flags(self._gone), self._arguments)
-        if not error <= TOLERANCE:
-            raise ModelError(f"the cut model differs from the masked one by {error:.2g} (relative). Nothing was changed.")
-        return smaller, plan
+        return cut_checked(self._model, plan, self._graph, self._gone, self._arguments).model, plan
 
     def names(self) -> list[str]:
         """Of the groups of units."""

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from secateur.graph.rules import rule
-from secateur.graph.trace import Value
 
 if TYPE_CHECKING:
     from secateur.graph.couple import Coupler
@@ -36,7 +33,7 @@ def attention(c: Coupler, node: Node) -> list[list[Dim]]:
     c.contract(q, lq[-1], lk[-1], node, activations=True)
     if node.kwargs.get("scale") is None:
         c.freeze(lq[-1], node, "attention is scaled by the root of this size")
-    for other in c.tensors(node)[3:]:
+    for other in node.tensors[3:]:
         for d in (-1, -2):
             if other.ndim >= 2:
                 c.freeze(c.labels_of(other)[d], node, "it is a mask of positions")
@@ -47,10 +44,9 @@ def attention(c: Coupler, node: Node) -> list[list[Dim]]:
         if ratio > 1 and kv is not None and k.shape[d] > 1:
             kv = c.labels.merge([kv, c.labels.fresh(ratio)], (k.shape[d], ratio))
         heads = c.tie(heads, kv, node, "") if k.shape[d] > 1 else heads
-        mask = _mask(c, node, q.ndim, d)
-        if mask is not None:
-            heads = c.tie(heads, mask, node, "")
         c.mark(heads, "head")
+        for own in _masks(c, node, q.ndim, d):
+            heads = c.tie(heads, own, node, "its mask cannot be cut")
         batch.append(heads)
     c.mark(lv[-1], "head_dim")
     out: list[Dim] = [*batch, None, lv[-1]]
@@ -58,9 +54,7 @@ def attention(c: Coupler, node: Node) -> list[list[Dim]]:
     return [out if i == 0 else [None] * value.ndim for i, value in enumerate(node.outputs)]
 
 
-def _mask(c: Coupler, node: Node, ndim: int, d: int) -> np.ndarray | None:
-    for other in c.tensors(node)[3:]:
-        at = d - ndim + other.ndim
-        if isinstance(other, Value) and at >= 0 and other.shape[at] > 1:
-            return c.labels_of(other)[at]
-    return None
+def _masks(c: Coupler, node: Node, ndim: int, d: int) -> list[Dim]:
+    """Labels of masks that have an index of their own for each of dimension `d`."""
+    places = [(other, d - ndim + other.ndim) for other in node.tensors[3:]]
+    return [c.labels_of(other)[at] for other, at in places if at >= 0 and other.shape[at] > 1]

@@ -20,7 +20,7 @@ _NAMES = """
     softplus hardshrink softshrink threshold log_sigmoid_forward rrelu_with_noise clamp clamp_min clamp_max nan_to_num
     eq ne lt le gt ge logical_and logical_or logical_not logical_xor bitwise_and bitwise_or bitwise_not bitwise_xor
     __and__ __or__ __xor__ __lshift__ __rshift__ bitwise_left_shift bitwise_right_shift isnan isinf isfinite where
-    masked_fill alias clone detach contiguous _to_copy to lift_fresh lift_fresh_copy copy dropout native_dropout
+    masked_fill alias clone detach contiguous _to_copy to copy dropout native_dropout
     alpha_dropout feature_dropout fill zero positive real imag conj _conj resolve_conj resolve_neg view_as
     _fused_dropout _autocast_to_reduced_precision _autocast_to_full_precision bernoulli normal uniform exponential
     complex polar angle ones_like zeros_like full_like empty_like rand_like randn_like view_dtype _conj_physical
@@ -52,7 +52,7 @@ def broadcast(c: Coupler, node: Node, inputs: list[Value], shape: tuple[int, ...
 @rule(*dict.fromkeys(n.rstrip("_") if not n.startswith("__") else n for n in _NAMES.split()))
 def elementwise(c: Coupler, node: Node) -> list[list[Dim]]:
     """Same index in, same index out."""
-    inputs = c.tensors(node)
+    inputs = node.tensors
     if node.name == "prelu" and len(inputs) == 2:
         return [_prelu(c, node, *inputs)]
     joins = node.name == "add" and _joins(c, inputs)

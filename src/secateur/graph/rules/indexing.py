@@ -8,6 +8,8 @@ from secateur.graph.rules import rule
 from secateur.graph.trace import Value
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from secateur.graph.couple import Coupler
     from secateur.graph.labels import Dim
     from secateur.graph.trace import Node
@@ -23,6 +25,15 @@ def index_select(c: Coupler, node: Node) -> list[list[Dim]]:
     return [labels]
 
 
+@rule("lift_fresh", "lift_fresh_copy")
+def lifted(c: Coupler, node: Node) -> list[list[Dim]]:
+    """A tensor that the forward wrote down in numbers."""
+    x = node.args[0]
+    if x.constant is not None and not x.constant.is_meta:
+        c.numbers[node.outputs[0]] = x.constant
+    return [c.labels_of(x)]
+
+
 @rule("index", "_unsafe_index")
 def index(c: Coupler, node: Node) -> list[list[Dim]] | None:
     """Advanced indexing: indexed dimensions stay, the others pass."""
@@ -34,7 +45,7 @@ def index(c: Coupler, node: Node) -> list[list[Dim]] | None:
     indices += [None] * (x.ndim - len(indices))
     picked = [d for d, i in enumerate(indices) if i is not None]
     for d in picked:
-        c.freeze(own[d], node, "it is picked from by index")
+        c.freeze(_needed(own[d], c.numbers.get(indices[d])), node, "it is picked from by index")
     tensors = [i for i in indices if i is not None]
     width = max((i.ndim for i in tensors), default=0)
     # what the index tensors themselves are indexed by may be cut
@@ -54,6 +65,16 @@ def index(c: Coupler, node: Node) -> list[list[Dim]] | None:
     labels = [*rest[:at], *front, *rest[at:]]
     assert len(labels) == out.ndim
     return [labels]
+
+
+def _needed(own: Dim, index: Tensor | None) -> Dim:
+    """What must stay so that an index goes on picking the same: all up to it, or all from it on if it counts from the end."""
+    if own is None or index is None:
+        return own
+    places = index.flatten().tolist()
+    if all(place >= 0 for place in places):
+        return own[: max(places, default=-1) + 1]
+    return own[min(places) :] if all(place < 0 for place in places) else own
 
 
 _MASKS = ("torch.bool", "torch.uint8")

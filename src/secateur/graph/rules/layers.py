@@ -31,6 +31,8 @@ def product_added(c: Coupler, node: Node) -> list[list[Dim]] | None:
         return None
     bias, a, b = node.args[:3]
     out = _product(c, node, a, b)
+    if bias.ndim == 1 and bias.shape[0] == node.outputs[0].shape[-1]:
+        c.adopt(bias, 0, out[-1])
     own = c.labels_of(bias)
     for d in range(1, bias.ndim + 1):
         if bias.shape[-d] == node.outputs[0].shape[-d]:
@@ -58,9 +60,12 @@ def linear(c: Coupler, node: Node) -> list[list[Dim]]:
     """``x @ weight.T + bias``."""
     x, weight = node.args[:2]
     bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
-    labels, (out, inner) = list(c.labels_of(x)), c.labels_of(weight)
+    labels = list(c.labels_of(x))
+    c.adopt(weight, 1, labels[-1])
+    out, inner = c.labels_of(weight)
     c.contract(x, labels[-1], inner, node)
     if bias is not None:
+        c.adopt(bias, 0, out)
         out = c.tie(out, c.labels_of(bias)[0], node, "its bias cannot be cut")
     return [[*labels[:-1], out]]
 
@@ -70,8 +75,12 @@ def convolution(c: Coupler, node: Node) -> list[list[Dim]]:
     """Convolutions of any dimension, grouped, depthwise and transposed."""
     x, weight, bias = node.args[:3]
     transposed, groups = bool(node.args[6]), int(node.args[8])
-    channels, kernel = c.labels_of(x), c.labels_of(weight)
+    channels = c.labels_of(x)
     at = 1 if x.ndim == weight.ndim else 0
+    known: dict[int, Dim] = dict.fromkeys(range(2, weight.ndim))  # positions, which are never cut
+    if groups == 1 and channels[at] is not None:
+        known[0 if transposed else 1] = channels[at]
+    kernel = c.labels_of(weight, known)
     n_in, n_out = x.shape[at], node.outputs[0].shape[at]
     for own in (*kernel[2:], *channels[at + 1 :]):
         c.freeze(own, node, "it is a spatial dimension of a convolution")
@@ -87,6 +96,7 @@ def convolution(c: Coupler, node: Node) -> list[list[Dim]]:
         c.bind_groups(node, c.tie(group, group_w, node, "the groups of the other side cannot be cut"), groups)
         out = kernel[0]
     if bias is not None:
+        c.adopt(bias, 0, out)
         out = c.tie(out, c.labels_of(bias)[0], node, "its bias cannot be cut")
     c.mark(channels[at], "channel")
     c.mark(out, "channel")

@@ -24,6 +24,7 @@ def batch_norm(c: Coupler, node: Node) -> list[list[Dim]]:
         c.mixed(labels[d], node)
     for other in node.args[1:5]:
         if isinstance(other, Value) and other.ndim == 1 and other.shape[0] > 1:
+            c.adopt(other, 0, labels[1])
             labels[1] = c.tie(labels[1], c.labels_of(other)[0], node, "its normalisation cannot be cut")
     return [labels, *nothing(node.outputs[1:])]
 
@@ -35,6 +36,8 @@ def layer_norm(c: Coupler, node: Node) -> list[list[Dim]]:
     labels = list(c.labels_of(x))
     for other in node.args[2:4]:
         if isinstance(other, Value):
+            if other.ndim == 1:
+                c.adopt(other, 0, labels[-1])
             for d, own in enumerate(c.labels_of(other)):
                 at = x.ndim - other.ndim + d
                 labels[at] = c.tie(labels[at], own, node, "its normalisation cannot be cut")
@@ -54,6 +57,7 @@ def group_norm(c: Coupler, node: Node) -> list[list[Dim]]:
     c.mixed(inner, node)
     for other in node.args[1:4]:
         if isinstance(other, Value) and other.ndim == 1:
+            c.adopt(other, 0, labels[1])
             labels[1] = c.tie(labels[1], c.labels_of(other)[0], node, "its normalisation cannot be cut")
     return [labels, *nothing(node.outputs[1:])]
 
@@ -97,7 +101,7 @@ def statistics(c: Coupler, node: Node) -> list[list[Dim]]:
 )  # fmt: skip
 def extremes(c: Coupler, node: Node) -> list[list[Dim]]:
     """Whatever depends on which values are there does not survive their removal."""
-    tensors = c.tensors(node)
+    tensors = node.tensors
     if node.name in ("max", "min") and len(tensors) == 2:
         from secateur.graph.rules.elementwise import broadcast
 
@@ -143,7 +147,7 @@ def spatial(c: Coupler, node: Node) -> list[list[Dim]]:
     x = node.args[0]
     keep = 2 if node.name.startswith("grid") else x.ndim - _spatial_dims(node.name)
     labels = list(c.labels_of(x))
-    for other in c.tensors(node):
+    for other in node.tensors:
         own = c.labels_of(other)
         for d in range(keep if other is x else 0, other.ndim):
             c.freeze(own[d], node, "it is a spatial dimension")
