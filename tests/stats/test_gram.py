@@ -8,8 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from secateur.data.batches import Batches
-from secateur.errors import DataError
-from secateur.errors import LayerError, NonFiniteError
+from secateur.errors import DataError, LayerError, NonFiniteError
 from secateur.layers import find_layers
 from secateur.stats import collect
 from secateur.types import Need
