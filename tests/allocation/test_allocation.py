@@ -17,7 +17,7 @@ def layer(
     groups, units = scores.shape
     size = torch.Size(shape or (groups, units * elements))
     curve = {s: s**power for s in (0.25, 0.5, 0.75, 0.95)}
-    return UnitScores(name, size, groups, units, elements, lambda: scores, curve)
+    return UnitScores(name, size, groups, units, elements, lambda: scores, curve, weigh=lambda: scores)
 
 
 @st.composite
