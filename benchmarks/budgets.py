@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import os
 import sys
 import time
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conditions import ROOT, conditions, keep, table
+from conditions import ROOT, Rows, conditions, keep, table
 from torch import nn
 
 from secateur.budgets.amount import UNITS
@@ -198,7 +197,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     started = time.monotonic()
-    rows = json.loads(options.rows.read_text()) if options.rows and options.rows.exists() else {}
+    rows = Rows(options.rows)
     wanted: dict[str, Callable[[], dict[str, Any]]] = {}
     for share in (50,) if options.quick else SHARES:
         for name, unit in itertools.product(() if options.accuracy else options.models, options.units):
@@ -207,11 +206,8 @@ def main() -> None:
             wanted[f"accuracy {share} {allocation}"] = partial(accuracy, share, allocation)
     if options.accuracy:
         wanted["accuracy 100 uniform"] = partial(accuracy, 100, "uniform")
-    for key in (k for k in wanted if k not in rows):
-        rows[key] = wanted[key]()
-        print(key, rows[key], file=sys.stderr, flush=True)
-        if options.rows:
-            options.rows.write_text(json.dumps(rows, indent=1))
+    for key, make in wanted.items():
+        rows.measured(key, make)
     keep("budgets.md", page(rows, options, time.monotonic() - started), quick=options.quick)
 
 

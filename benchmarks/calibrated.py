@@ -12,15 +12,16 @@ validation text only, figures test data only. Every row is printed as soon as it
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from conditions import Rows
 from torch import nn
 
 import secateur as sc
@@ -117,7 +118,7 @@ def main() -> None:
     parser.add_argument("--sentences", action="store_true", help="MiniLM: single sentences instead of paragraphs")
     parser.add_argument("--cache", type=Path, help="JSON file of rows that are known")
     given = parser.parse_args()
-    known = json.loads(given.cache.read_text()) if given.cache is not None and given.cache.exists() else {}
+    known = Rows(given.cache)
     model, data, evaluate, ignore = {"minilm": minilm, "smollm2": smollm2}[given.model](given.samples, given.sentences)
     what = f"{given.samples} {'sentences' if given.sentences else 'sequences'}"
     print(f"{given.model}, {what} of calibration, {torch.get_num_threads()} threads")
@@ -126,11 +127,8 @@ def main() -> None:
     for setting in given.settings:
         for method in given.solvers:
             key = f"{given.model}, {what}, {method}, {setting}"
-            if key not in known:
-                known[key] = row(model, method, setting, data, evaluate, ignore)
-                if given.cache is not None:
-                    given.cache.write_text(json.dumps(known, indent=1))
-            print("| " + " | ".join(known[key]) + " |", flush=True)
+            cells = known.measured(key, partial(row, model, method, setting, data, evaluate, ignore))
+            print("| " + " | ".join(cells) + " |", flush=True)
 
 
 if __name__ == "__main__":

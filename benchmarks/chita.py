@@ -10,13 +10,13 @@ dense accuracy. Nothing is trained. Writes docs/benchmarks/chita.md.
 from __future__ import annotations
 
 import argparse
-import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from conditions import ROOT, asset, conditions, keep, table
+from conditions import ROOT, Rows, asset, conditions, keep, table
 
 SPARSITIES = {"mlpnet": (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98), "resnet20": (0.5, 0.6, 0.7, 0.8, 0.9)}
 SCHEDULE = {"name": "cubic", "initial": 0.3}
@@ -116,27 +116,10 @@ def resnet20() -> Any:
     return model
 
 
-class Rows:
-    """What is measured, kept in a file after each figure."""
-
-    def __init__(self, path: Path | None):
-        self._path = path
-        self.known: dict[str, list[float]] = json.loads(path.read_text()) if path is not None and path.exists() else {}
-
-    def __call__(self, key: str, measure: Callable[[], Iterable[float]]) -> list[float]:
-        """What is known by `key`, or else what `measure` gives."""
-        if key not in self.known:
-            self.known[key] = list(measure())
-            print(key, self.known[key], flush=True)
-            if self._path is not None:
-                self._path.write_text(json.dumps(self.known, indent=1))
-        return self.known[key]
-
-
 def measured(name: str, rows: Rows, quick: bool) -> list[str]:
     """The lines of one network's table."""
     case = Case(name, quick)
-    dense = rows(f"{name}, dense", lambda: [case.dense()])[0]
+    dense = rows.measured(f"{name}, dense", lambda: [case.dense()])[0]
     sparsities = SPARSITIES[name][-2:] if quick else SPARSITIES[name]
     lines = []
     for method, recipe in METHODS.items():
@@ -145,7 +128,7 @@ def measured(name: str, rows: Rows, quick: bool) -> list[str]:
             if "steps" in method and (quick or s not in GRADUAL[name]):
                 cells.append("")
                 continue
-            accuracy, busy = rows(f"{name}, {method}, {s}", lambda s=s, recipe=recipe: case(s, recipe))  # type: ignore[misc]
+            accuracy, busy = rows.measured(f"{name}, {method}, {s}", partial(case, s, recipe))
             cells.append(f"{accuracy:.2f}")
             seconds.append(busy)
         if seconds:
@@ -172,9 +155,7 @@ def main() -> None:
     if options.only is not None:
         print("\n".join(tables[options.only]))
         return
-    reached = [
-        f"{key}: {rows.known[f'mlpnet, {key}'][0]:.2f} (aim {goal:.0f})" for key, goal in GOALS.items() if not options.quick
-    ]
+    reached = [f"{key}: {rows[f'mlpnet, {key}'][0]:.2f} (aim {goal:.0f})" for key, goal in GOALS.items() if not options.quick]
     page = [
         "# The networks of the CHITA paper",
         "",

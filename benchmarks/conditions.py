@@ -1,13 +1,15 @@
-"""What every benchmark states beside its figures, and how it keeps its page."""
+"""What every benchmark states beside its figures, and how it keeps its rows and its page."""
 
 from __future__ import annotations
 
 import datetime
+import json
 import os
 import platform
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 PAGES = ROOT / "docs" / "benchmarks"
@@ -48,12 +50,44 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
 
 
-def keep(name: str, lines: Iterable[str], *, quick: bool) -> None:
-    """Print the page and write it into docs/benchmarks; a quick run is only printed."""
+class Rows(dict[str, Any]):
+    """Finished rows by key, in a JSON file that is written after each; without a file they last as long as the process."""
+
+    def __init__(self, path: Path | None):
+        self.path = path
+        super().__init__(self._written())
+
+    def measured(self, key: str, make: Callable[[], Any]) -> Any:
+        """The row that is known by `key`, or else what `make` gives, which is kept."""
+        if key not in self:
+            self.keep(key, make())
+        return self[key]
+
+    def keep(self, key: str, row: Any) -> None:
+        """Print a new row and write the file anew, with what another process wrote into it meanwhile."""
+        self.update(self._written())
+        self[key] = row
+        print(f"{key}: {json.dumps(row)[:1000]}", file=sys.stderr, flush=True)
+        if self.path is not None:
+            beside = self.path.with_suffix(".tmp")
+            beside.write_text(json.dumps(self, indent=1), encoding="utf-8")
+            os.replace(beside, self.path)
+
+    def _written(self) -> dict[str, Any]:
+        return json.loads(self.path.read_text(encoding="utf-8")) if self.path is not None and self.path.exists() else {}
+
+
+def show(lines: Iterable[str], out: Path | None) -> None:
+    """Print the page, and write it into `out`."""
     text = "\n".join(lines) + "\n"
     print(text)
+    if out is not None:
+        out.write_text(text, encoding="utf-8")
+
+
+def keep(name: str, lines: Iterable[str], *, quick: bool) -> None:
+    """Print the page and write it into docs/benchmarks; a quick run is only printed."""
+    PAGES.mkdir(parents=True, exist_ok=True)
+    show(lines, None if quick else PAGES / name)
     if quick:
         print("quick run: not kept")
-        return
-    PAGES.mkdir(parents=True, exist_ok=True)
-    (PAGES / name).write_text(text, encoding="utf-8")

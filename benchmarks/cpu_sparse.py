@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import json
 import os
 import statistics
 import subprocess
@@ -25,7 +24,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from conditions import processor
+from conditions import Rows, processor, show, table
 from networks import NETWORKS, check
 from peers import Timed, peers, timed
 
@@ -37,27 +36,15 @@ LINEAR = ("torch CSR", "panel, baseline", "panel, avx2", "panel, avx512", "panel
 GOALS = {0.5: 1.2, 0.7: 2.2, 0.8: 3.2, 0.9: 6, 0.95: 10}
 
 
-class Rows:
-    """Finished rows by key, in a file that is written after each."""
+def measure(rows: Rows, key: str, make: Callable[[], dict[str, Any]]) -> None:
+    """Make the row unless it is there, with its date and the load of the machine."""
+    rows.measured(key, lambda: make() | {"date": datetime.date.today().isoformat(), "load": os.getloadavg()[0]})
 
-    def __init__(self, path: Path):
-        self.path = path
-        self.done: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
-    def measure(self, key: str, make: Callable[[], dict[str, Any]]) -> None:
-        """Make the row unless it is there, with its date and the load of the machine."""
-        if key in self.done:
-            return
-        started = time.perf_counter()
-        row = make()
-        row |= {"date": datetime.date.today().isoformat(), "load": os.getloadavg()[0]}
-        self.done[key] = row
-        self.path.write_text(json.dumps(self.done, indent=1), encoding="utf-8")
-        print(f"{key} ({time.perf_counter() - started:.0f} s): {row}", flush=True)
-
-    def of(self, part: str) -> dict[tuple[str, ...], dict[str, Any]]:  # noqa: D102
-        keys = (tuple(key.split("|")) for key in self.done)
-        return {key[1:]: self.done["|".join(key)] for key in keys if key[0] == part}
+def rows_of(rows: Rows, part: str) -> dict[tuple[str, ...], dict[str, Any]]:
+    """The rows of a part, by what else their keys say."""
+    keys = (tuple(key.split("|")) for key in rows)
+    return {key[1:]: rows["|".join(key)] for key in keys if key[0] == part}
 
 
 def clock_for(threads: int) -> Callable[[], float]:
@@ -105,7 +92,7 @@ def peak(rows: Rows, threads: int, seconds: float) -> None:
         return {"gflops": float(gflops), "gigabytes": float(gigabytes), "mkl": 2 * 2048**3 / mkl / 1e6}
 
     if threads == 1:
-        rows.measure("peak", make)
+        measure(rows, "peak", make)
 
 
 def linear(rows: Rows, threads: int, seconds: float) -> None:
@@ -127,7 +114,7 @@ def linear(rows: Rows, threads: int, seconds: float) -> None:
 
     for columns, out in ((768, 3072), (3072, 768)):
         for sparsity in GOALS:
-            rows.measure(f"linear|{columns} -> {out}|{sparsity}|{threads}", lambda c=columns, o=out, s=sparsity: make(c, o, s))
+            measure(rows, f"linear|{columns} -> {out}|{sparsity}|{threads}", lambda c=columns, o=out, s=sparsity: make(c, o, s))
 
 
 def vector(rows: Rows, threads: int, seconds: float) -> None:
@@ -143,7 +130,7 @@ def vector(rows: Rows, threads: int, seconds: float) -> None:
         return compare(candidates, seconds)
 
     for sparsity in (0.5, 0.7, 0.8, 0.9):
-        rows.measure(f"vector|{sparsity}|{threads}", lambda s=sparsity: make(s))
+        measure(rows, f"vector|{sparsity}|{threads}", lambda s=sparsity: make(s))
 
 
 def convert(rows: Rows, threads: int, seconds: float) -> None:
@@ -158,7 +145,7 @@ def convert(rows: Rows, threads: int, seconds: float) -> None:
         return {"weights": w.numel(), "seconds": statistics.median(took)}
 
     for label, pack in (("panel", native.pack), ("bitmask", native.pack_bits)):
-        rows.measure(f"convert|{label}|{threads}", lambda pack=pack: make(pack))
+        measure(rows, f"convert|{label}|{threads}", lambda pack=pack: make(pack))
 
 
 def networks(rows: Rows, threads: int, seconds: float, which: str, compiled: bool) -> None:
@@ -166,7 +153,7 @@ def networks(rows: Rows, threads: int, seconds: float, which: str, compiled: boo
         for sparsity in sparsities:
             if which in f"{name}|{sparsity}":
                 key = f"network|{name}|{sparsity}|{threads}"
-                rows.measure(key, lambda m=make, s=sparsity: network(m, s, threads, seconds, compiled))
+                measure(rows, key, lambda m=make, s=sparsity: network(m, s, threads, seconds, compiled))
 
 
 @torch.inference_mode()
@@ -219,36 +206,32 @@ def cell(row: dict[str, Any], name: str) -> str:
     return f"{found['ratio']:.2f}" + (f" [{found['low']:.2f}, {found['high']:.2f}]" if wide else "")
 
 
-def table(head: list[str], body: list[list[str]]) -> list[str]:
-    return ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *body)]
-
-
-def page(rows: Rows) -> str:
+def page(rows: Rows) -> list[str]:
     """Markdown of every row there is."""
-    dates = sorted({row["date"] for row in rows.done.values()})
-    loads = [row["load"] for row in rows.done.values()]
+    dates = sorted({row["date"] for row in rows.values()})
+    loads = [row["load"] for row in rows.values()]
     lines = ["# Sparse networks on CPUs", "", (__doc__ or "").split("\n\n")[1].replace("\n", " "), ""]
     lines += [
         f"Conditions: {processor()}, {os.cpu_count()} logical cores, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}, load "
         f"{min(loads):.1f} to {max(loads):.1f}, torch {torch.__version__}, float32; kernels "
         f"{', '.join(native.instruction_sets())}. Made by `python benchmarks/cpu_sparse.py`."
     ]
-    for found in rows.of("peak").values():
+    for found in rows_of(rows, "peak").values():
         peaks = f"{found['gflops']:.0f} GFLOP/s in registers, {found['mkl']:.0f} of MKL on 2048 x 2048"
         lines += ["", f"Peaks of one thread, measured: {peaks}, {found['gigabytes']:.0f} GB/s reading memory."]
     lines += linear_tables(rows) + vector_tables(rows) + network_tables(rows)
-    done = rows.of("convert")
+    done = rows_of(rows, "convert")
     if done:
         lines += ["", "## Conversion", ""]
         body = [
             [label, t, f"{r['weights'] / 1e6:.0f} million at 90%", f"{r['seconds']:.2f} s"] for (label, t), r in done.items()
         ]
         lines += table(["to", "threads", "weights", "time (goal 5 s)"], body)
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def linear_tables(rows: Rows) -> list[str]:
-    found = rows.of("linear")
+    found = rows_of(rows, "linear")
     lines = ["", "## Linear layers, 384 rows of activations: speedup over dense torch (MKL)"] if found else []
     for shape, threads in dict.fromkeys((key[0], key[2]) for key in found):
         body = [[name, *(cell(found[shape, str(s), threads], name) if (shape, str(s), threads) in found else "" for s in GOALS)]
@@ -259,7 +242,7 @@ def linear_tables(rows: Rows) -> list[str]:
 
 
 def vector_tables(rows: Rows) -> list[str]:
-    found = rows.of("vector")
+    found = rows_of(rows, "vector")
     lines = ["", "## One row of activations, 4096 x 4096: speedup over dense torch"] if found else []
     for threads in dict.fromkeys(key[1] for key in found):
         head = [s for s, t in found if t == threads]
@@ -276,7 +259,7 @@ def vector_tables(rows: Rows) -> list[str]:
 
 
 def network_tables(rows: Rows) -> list[str]:
-    found = rows.of("network")
+    found = rows_of(rows, "network")
     if not found:
         return []
     names = list(dict.fromkeys(name for row in found.values() for name in row["times"] if name != "eager"))
@@ -323,10 +306,7 @@ def main() -> None:
                     part(rows, threads, options.seconds)
         if "networks" in options.part:
             networks(rows, threads, options.seconds, options.network, not options.no_compile)
-    text = page(rows)
-    print(text)
-    if options.out:
-        options.out.write_text(text, encoding="utf-8")
+    show(page(rows), options.out)
 
 
 if __name__ == "__main__":

@@ -13,17 +13,17 @@ Each row is kept in a JSON file as soon as it is known, and not computed again.
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import resource
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from conditions import ROOT, asset, conditions, table
+from conditions import ROOT, Rows, asset, conditions, show, table
 
 sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "tests")]
 GOALS = {
@@ -353,16 +353,10 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(options.threads)
-    rows = json.loads(options.cache.read_text()) if options.cache.exists() else {}
+    rows = Rows(options.cache)
     for key in filter(None, options.rows.split(",")):
-        if key not in rows:
-            rows[key] = run(key, options)
-            options.cache.write_text(json.dumps(rows, indent=1))
-        print(key, {k: v for k, v in rows[key].items() if k not in ("layers", "conditions")}, flush=True)
-    text = "\n".join(page(rows)) + "\n"
-    print(text)
-    if options.out:
-        options.out.write_text(text, encoding="utf-8")
+        rows.measured(key, partial(run, key, options))
+    show(page(rows), options.out)
 
 
 if __name__ == "__main__":

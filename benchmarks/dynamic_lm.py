@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conditions import ROOT, asset, conditions, table
+from conditions import ROOT, Rows, asset, conditions, show, table
 from torch import nn
 
 sys.path.insert(0, str(ROOT / "examples"))
@@ -72,7 +72,7 @@ def quality(model: nn.Module, ids: torch.Tensor) -> float:
     return math.exp(statistics.fmean(float(model(input_ids=row[None], labels=row[None]).loss) for row in ids))
 
 
-def judge(rows: dict[str, Any], keep: Any, given: argparse.Namespace) -> None:
+def judge(rows: Rows, given: argparse.Namespace) -> None:
     """Perplexities and computed shares that are not in `rows` yet."""
     for method in ("dense", *given.methods):
         budgets = (1.0,) if method == "dense" else tuple(1 - s for s in SPARSITIES)
@@ -91,7 +91,7 @@ def judge(rows: dict[str, Any], keep: Any, given: argparse.Namespace) -> None:
                 with model.recording() as costs:  # type: ignore[operator]
                     row["perplexity"] = quality(model, ids)
                 row["computed"] = costs.mean
-            keep(f"{method} {budget:.2f}", row)
+            rows.keep(f"{method} {budget:.2f}", row)
 
 
 @torch.no_grad()
@@ -108,7 +108,7 @@ def decoded(model: nn.Module, prompt: torch.Tensor, tokens: int) -> tuple[list[f
     return seconds, text
 
 
-def speed(rows: dict[str, Any], keep: Any, given: argparse.Namespace) -> None:
+def speed(rows: Rows, given: argparse.Namespace) -> None:
     """Milliseconds a token, each gated model taking turns with the dense one."""
     threads = torch.get_num_threads()
     dense = smollm2()
@@ -130,7 +130,7 @@ def speed(rows: dict[str, Any], keep: Any, given: argparse.Namespace) -> None:
             with model.recording() as costs:  # type: ignore[operator]
                 decoded(model, prompt, TOKENS)
             each = costs.shares[1:]
-            keep(
+            rows.keep(
                 key,
                 {name: statistics.median(t) for name, t in times.items()}
                 | {f"{name}_quartiles": statistics.quantiles(t, n=4)[::2] for name, t in times.items()}
@@ -192,24 +192,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the page there")
     given = parser.parse_args()
     given.gates.mkdir(parents=True, exist_ok=True)
-    rows = json.loads(given.cache.read_text()) if given.cache.exists() else {}
+    rows = Rows(given.cache)
     started = time.monotonic()
-
-    def keep(key: str, row: dict[str, Any]) -> None:
-        rows.update(json.loads(given.cache.read_text()) if given.cache.exists() else {})
-        rows[key] = row
-        given.cache.write_text(json.dumps(rows, indent=1))
-        print(f"{key}: {row}", file=sys.stderr, flush=True)
-
     if given.speed:
-        speed(rows, keep, given)
+        speed(rows, given)
     elif not given.out:
-        judge(rows, keep, given)
+        judge(rows, given)
     if "dense 1.00" in rows:
         lines = [*page(rows), conditions(torch.get_num_threads(), "nothing is random", time.monotonic() - started)]
-        print("\n".join(lines))
-        if given.out:
-            given.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        show(lines, given.out)
 
 
 if __name__ == "__main__":

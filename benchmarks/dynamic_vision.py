@@ -18,10 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conditions import PAGES, keep
+from conditions import PAGES, Rows, keep
 from dynamic_data import Augmented
 from dynamic_page import page, picture
-from structured_accuracy import Rows
 from structured_tasks import batched, cifar, correct
 from torch import Tensor, nn
 
@@ -57,7 +56,7 @@ class Bench:
 
     def missing(self, key: str) -> bool:
         """Whether there is no such row yet."""
-        return key not in self.rows.found
+        return key not in self.rows
 
     def row(self, key: str, model: nn.Module, seconds: float, whole: float) -> None:
         """Accuracy on the test images, and multiply-adds as a share of the dense network's `whole`."""
@@ -276,9 +275,9 @@ def main() -> None:
     bench = Bench(Rows(options.rows), options.models, options.quick)
     for part in options.part:
         PARTS[part](bench)
-    keep("dynamic_vision.md", page(bench.rows.found, options.threads), quick=options.quick)
+    keep("dynamic_vision.md", page(bench.rows, options.threads), quick=options.quick)
     if not options.quick:
-        (PAGES / "dynamic_vision.svg").write_text(picture(bench.rows.found), encoding="utf-8")
+        (PAGES / "dynamic_vision.svg").write_text(picture(bench.rows), encoding="utf-8")
 
 
 if __name__ == "__main__":

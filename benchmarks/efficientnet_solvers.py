@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from conditions import ROOT, conditions, table
+from conditions import ROOT, Rows, conditions, show, table
 from efficientnet import accuracy, run
 
 SOLVERS = ("keep", "least-squares", "sparsegpt", "admm", "alps")
@@ -79,17 +79,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the page there")
     options = parser.parse_args()
     started = time.monotonic()
-    rows = json.loads(options.rows.read_text()) if options.rows.exists() else {}
+    rows = Rows(options.rows)
     for names in itertools.product(options.normalisations, options.solvers, options.allocations):
-        key = "|".join(names)
-        if key not in rows:
-            rows[key] = row(*names, options)
-            options.rows.write_text(json.dumps(rows, indent=1))
-            print(key, rows[key], flush=True)
-    lines = page(rows, time.monotonic() - started, options.threads)
-    print("\n".join(lines))
-    if options.out:
-        options.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        rows.measured("|".join(names), partial(row, *names, options))
+    show(page(rows, time.monotonic() - started, options.threads), options.out)
 
 
 if __name__ == "__main__":

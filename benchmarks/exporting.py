@@ -7,14 +7,14 @@ python benchmarks/exporting.py rows.json --out docs/benchmarks/exporting.md
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from conditions import ROOT, conditions, table
+from conditions import ROOT, Rows, conditions, show, table
 
 sys.path.insert(0, str(ROOT / "examples"))
 SUFFIX = {"onnx": "model.onnx", "torch": "model.pt2", "executorch": "model.pte", "openvino": "ir", "hf": "hf"}
@@ -62,13 +62,10 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(options.threads)
-    rows = json.loads(options.cache.read_text()) if options.cache.exists() else {}
+    rows = Rows(options.cache)
     for name in filter(None, options.models.split(",")):
         for to in options.formats.split(","):
-            if f"{name} {to}" not in rows:
-                rows[f"{name} {to}"] = run(name, to, options.threads)
-                options.cache.write_text(json.dumps(rows, indent=1))
-            print(name, to, rows[f"{name} {to}"].get("errors") or rows[f"{name} {to}"]["failed"], flush=True)
+            rows.measured(f"{name} {to}", partial(run, name, to, options.threads))
     lines = [
         [*key.split(), *(f"{e:.1e}" for e in row["errors"]), f"{row['bytes']:,}", f"{row['seconds']:.0f}"]
         if "errors" in row
@@ -78,10 +75,7 @@ def main() -> None:
     head = ["model", "format", "batch 1", "batch 2", "batch 7", "bytes", "CPU seconds"]
     page = ["# Exporting real networks", "", "Largest difference of any output relative to the largest output.", ""]
     page += [*table(head, lines), "", *(f"- {key}: {row['conditions']}" for key, row in rows.items())]
-    text = "\n".join(page) + "\n"
-    print(text)
-    if options.out:
-        options.out.write_text(text, encoding="utf-8")
+    show(page, options.out)
 
 
 if __name__ == "__main__":

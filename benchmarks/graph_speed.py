@@ -16,7 +16,6 @@ import argparse
 import copy
 import functools
 import gc
-import json
 import logging
 import signal
 import statistics
@@ -27,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conditions import conditions, table
+from conditions import Rows, conditions, show, table
 from torch import nn
 
 from secateur.graph import choose_groups, cut, make_plan, select, trace, unit_scores
@@ -233,16 +232,10 @@ def main() -> None:
     prepare_torchvision()
     torch.set_num_threads(1)
     start = time.monotonic()
-    rows = json.loads(options.json.read_text()) if options.json and options.json.exists() else {}
+    rows = Rows(options.json)
     for name in options.names:
-        if name not in rows:
-            rows[name] = row(name, options.repeats, options.patience)
-            if options.json:
-                options.json.write_text(json.dumps(rows, indent=1))
-    if "large" not in rows:
-        rows["large"] = large()
-        if options.json:
-            options.json.write_text(json.dumps(rows, indent=1))
+        rows.measured(name, functools.partial(row, name, options.repeats, options.patience))
+    rows.measured("large", large)
     turns = " or ".join(str(n) for n in sorted({len(rows[name]["ours"]) for name in options.names if name in rows}))
     head = ["model", "ours, CPU s", "left", "memory", "Torch-Pruning 1.6.1, CPU s", "left", "memory", "times faster"]
     lines = [
@@ -259,10 +252,7 @@ def main() -> None:
         "",
         conditions(1, f"{turns} turns, random weights of seed 0", time.monotonic() - start),
     ]
-    text = "\n".join(lines) + "\n"
-    print(text)
-    if options.out:
-        options.out.write_text(text, encoding="utf-8")
+    show(lines, options.out)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ validation text, the figure all STS-B test pairs. Every row is kept in the file 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -28,7 +27,7 @@ from secateur.types import Measurement
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 from calibrated import minilm
-from conditions import conditions, table
+from conditions import Rows, conditions, show, table
 
 #: Group of rows -> label -> recipe, or how many layers go.
 ROWS: dict[str, dict[str, dict[str, Any] | int]] = {
@@ -80,7 +79,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the page there")
     given = parser.parse_args()
     started = time.monotonic()
-    known = json.loads(given.cache.read_text()) if given.cache is not None and given.cache.exists() else {}
+    known = Rows(given.cache)
     model, data, evaluate, _ = minilm(given.samples, sentences=True)
     for label, recipe in (pair for group in given.rows for pair in ROWS[group].items()):
         if label not in known:
@@ -88,18 +87,13 @@ def main() -> None:
             smaller = pruned(model, recipe, data)
             busy = time.process_time() - busy
             count = sum(p.numel() for p in smaller.parameters())
-            known[label] = [f"{count / 1e6:.2f} M", f"{evaluate(smaller)['spearman']:.4f}", f"{busy:.0f}"]
-            if given.cache is not None:
-                given.cache.write_text(json.dumps(known, indent=1))
-        print(label, *known[label], flush=True)
+            known.keep(label, [f"{count / 1e6:.2f} M", f"{evaluate(smaller)['spearman']:.4f}", f"{busy:.0f}"])
     page = [*__doc__.partition("\n\n    python")[0].splitlines(), *__doc__.rpartition("\n\n")[2].splitlines()]
     rows = [[label, *known[label]] for group in ROWS.values() for label in group if label in known]
     head = ["what goes", "parameters", "Spearman", "CPU seconds"]
     lines = ["# MiniLM without some of its heads, neurons or layers", "", *page, "", *table(head, rows), ""]
     lines.append(conditions(torch.get_num_threads(), "seed 0", time.monotonic() - started))
-    print("\n".join(lines))
-    if given.out is not None:
-        given.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    show(lines, given.out)
 
 
 if __name__ == "__main__":

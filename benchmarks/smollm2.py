@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conditions import ROOT, asset, conditions, table
+from conditions import ROOT, Rows, asset, conditions, show, table
 from torch import nn
 
 sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "tests")]  # before this folder, which has a smollm2.py too
@@ -142,21 +142,15 @@ def main() -> None:
     if given.cache is None:
         parser.error("give the JSON file that keeps the rows")
     started = time.monotonic()
-    wanted = [("0", "dense"), *itertools.product(given.settings, given.methods)]
-    for setting, method in wanted:
-        rows = json.loads(given.cache.read_text()) if given.cache.exists() else {}
+    rows = Rows(given.cache)
+    for setting, method in [("0", "dense"), *itertools.product(given.settings, given.methods)]:
         key = f"{setting} {method}"
         if key not in rows or (given.again and method != "dense"):
-            row = in_a_process(method, setting)
-            rows = (json.loads(given.cache.read_text()) if given.cache.exists() else {}) | {key: row}
-            given.cache.write_text(json.dumps(rows, indent=1))
-            print(f"{key}: {rows[key]}", file=sys.stderr, flush=True)
+            rows.keep(key, in_a_process(method, setting))
     order = {f"{s} {m}": None for s, m in [("0", "dense"), *itertools.product(SETTINGS, [*METHODS, *PLAIN])]}
     shown = {key: rows[key] for key in order if key in rows}
     lines = [*page(shown), conditions(torch.get_num_threads(), "nothing is random", time.monotonic() - started)]
-    print("\n".join(lines))
-    if given.out:
-        given.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    show(lines, given.out)
 
 
 if __name__ == "__main__":

@@ -14,8 +14,6 @@ import argparse
 import copy
 import functools
 import io
-import json
-import os
 import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
@@ -23,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conditions import PAGES, conditions, keep, table
+from conditions import PAGES, Rows, conditions, keep, table
 from structured_tasks import TASKS, Task
 from torch import nn
 
@@ -56,22 +54,6 @@ CRITERIA: dict[str, tuple[dict[str, Any], Importance]] = {
     "random": ({"criterion": "random"}, lambda tp: tp.importance.RandomImportance()),
 }
 TUNED = ("L1", "Taylor")  # criteria whose cuts are fine-tuned as well
-
-
-class Rows:
-    """Figures by key, in a file: what is there is not measured again."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-
-    def keep(self, key: str, row: dict[str, float]) -> None:
-        """Write the file anew with one more row, and print the row."""
-        self.found[key] = row
-        beside = self.path.with_suffix(".tmp")
-        beside.write_text(json.dumps(self.found, indent=1))
-        os.replace(beside, self.path)
-        print(key, row, flush=True)
 
 
 def bisect(macs_at: Callable[[float], float], target: float) -> float:
@@ -160,9 +142,11 @@ TOOLS = {"Secateur": ours, "Torch-Pruning": peer}
 def measure(task: Task, rows: Rows, criteria: list[str], levels: list[float], stop: float) -> None:
     """All rows of a task that are not known yet, until the time is up."""
     dense = task.macs(task.model)
-    rows.found.setdefault("notes", {})[task.name] = {"title": task.title, "text": task.notes}
+    notes = rows.get("notes", {}) | {task.name: {"title": task.title, "text": task.notes}}
+    if notes != rows.get("notes"):
+        rows.keep("notes", notes)
     for stage in ("norms", "tuned"):
-        if f"{task.name}/dense/{stage}" not in rows.found:
+        if f"{task.name}/dense/{stage}" not in rows:
             started = time.process_time()
             model = task.model if stage == "norms" else tuned(task, task.model)
             seconds = time.process_time() - started
@@ -171,7 +155,7 @@ def measure(task: Task, rows: Rows, criteria: list[str], levels: list[float], st
         for fewer in levels:
             for tool, make in TOOLS.items():
                 stages = ["norms", *(["repair"] if make is ours else []), *(["tuned"] if criterion in TUNED else [])]
-                if all(f"{task.name}/{tool}/{criterion}/{fewer}/{s}" in rows.found for s in stages):
+                if all(f"{task.name}/{tool}/{criterion}/{fewer}/{s}" in rows for s in stages):
                     continue
                 started = time.process_time()
                 for stage, model in make(task, criterion, fewer):
@@ -198,11 +182,10 @@ HEAD = (
 
 def lines_of(task: str, rows: Rows) -> list[list[str]]:
     """One line for each criterion and level of which a tool has a figure; a dash where one is missing."""
-    found = rows.found
     lines = []
     for criterion in CRITERIA:
         for fewer in FEWER:
-            cells = [found.get(f"{task}/{tool}/{criterion}/{fewer}/{stage}") for tool, stage in CELLS]
+            cells = [rows.get(f"{task}/{tool}/{criterion}/{fewer}/{stage}") for tool, stage in CELLS]
             if not any(cells):
                 continue
             shown = ["-" if c is None else f"{c['quality']:.1f}" for c in cells]
@@ -214,7 +197,7 @@ def lines_of(task: str, rows: Rows) -> list[list[str]]:
 def missing(rows: Rows) -> str:
     """What has not been measured, in words."""
     absent = [name for name in TASKS if not lines_of(name, rows)]
-    seen = {key.split("/")[2] for key in rows.found if "/Secateur/" in key}
+    seen = {key.split("/")[2] for key in rows if "/Secateur/" in key}
     criteria = [c for c in CRITERIA if c not in seen]
     return (
         f"Not measured yet: of networks {', '.join(absent) or 'none'}; of criteria {'; '.join(criteria) or 'none'}; and what "
@@ -228,9 +211,9 @@ def tally(rows: Rows) -> str:
     for stage, mine, what in (("norms", "repair", "at once"), ("tuned", "tuned", "after fine-tuning")):
         differences = [
             row["quality"] - theirs["quality"]
-            for key, theirs in rows.found.items()
+            for key, theirs in rows.items()
             if "/Torch-Pruning/" in key and key.endswith(stage)
-            for row in [rows.found.get(key.replace("Torch-Pruning", "Secateur").replace(stage, mine))]
+            for row in [rows.get(key.replace("Torch-Pruning", "Secateur").replace(stage, mine))]
             if row is not None
         ]
         if differences:
@@ -259,14 +242,14 @@ def page(rows: Rows, threads: int) -> list[str]:
         "",
         "![Accuracy over multiply-adds, by network](structured_accuracy.svg)",
     ]
-    for task, notes in rows.found.get("notes", {}).items():
+    for task, notes in rows.get("notes", {}).items():
         table_lines = lines_of(task, rows)
-        dense = rows.found[f"{task}/dense/norms"]["quality"]
-        tuned_dense = rows.found.get(f"{task}/dense/tuned", {}).get("quality")
+        dense = rows[f"{task}/dense/norms"]["quality"]
+        tuned_dense = rows.get(f"{task}/dense/tuned", {}).get("quality")
         also = "" if tuned_dense is None else f", fine-tuned alike {tuned_dense:.1f}"
         lines += ["", f"## {notes['title']}", "", f"Dense {dense:.1f}{also}.", "", *table(HEAD, table_lines), "", notes["text"]]
         lines += ["", cost(task, rows)] if table_lines else []
-    return [*lines, "", conditions(threads, "seed 0", sum(r.get("seconds", 0.0) for r in rows.found.values()))]
+    return [*lines, "", conditions(threads, "seed 0", sum(r.get("seconds", 0.0) for r in rows.values()))]
 
 
 def cost(task: str, rows: Rows) -> str:
@@ -274,7 +257,7 @@ def cost(task: str, rows: Rows) -> str:
 
     def median(end: str) -> float | None:
         own = sorted(
-            r["seconds"] for k, r in rows.found.items() if k.startswith(f"{task}/") and k.endswith(end) and "/dense/" not in k
+            r["seconds"] for k, r in rows.items() if k.startswith(f"{task}/") and k.endswith(end) and "/dense/" not in k
         )
         return own[len(own) // 2] if own else None
 
@@ -289,21 +272,21 @@ def picture(rows: Rows) -> str:
     matplotlib.use("svg")
     from matplotlib import pyplot
 
-    names = [t for t in rows.found.get("notes", {}) if lines_of(t, rows)]
+    names = [t for t in rows.get("notes", {}) if lines_of(t, rows)]
     figure, panels = pyplot.subplots(1, len(names), figsize=(3.4 * max(len(names), 2), 3.8), squeeze=False)
     for panel, task in zip(panels[0], names, strict=True):
-        dense = rows.found[f"{task}/dense/norms"]["quality"]
+        dense = rows[f"{task}/dense/norms"]["quality"]
         panel.axhline(dense, color="0.7", linewidth=1)
         panel.annotate("dense", (54, dense), color="0.4", fontsize=8, va="bottom", ha="right")
         panel.set_xlim(15, 55)
         for (tool, stage), colour in zip(CELLS, ("#c0392b", "#7fb38a", "#1e7a3c", "#c0392b", "#1e7a3c"), strict=True):
-            found = [rows.found.get(f"{task}/{tool}/L1/{fewer}/{stage}") for fewer in FEWER]
+            found = [rows.get(f"{task}/{tool}/L1/{fewer}/{stage}") for fewer in FEWER]
             points = [(100 * r["fewer"], r["quality"]) for r in found if r is not None]
             if points:
                 label = f"{tool}, {'repaired' if stage == 'repair' else stage}"
                 style = "--" if stage == "tuned" else "-"
                 panel.plot(*zip(*points, strict=True), style, marker="o", markersize=4, color=colour, label=label)
-        panel.set_title(rows.found["notes"][task]["title"], fontsize=10)
+        panel.set_title(rows["notes"][task]["title"], fontsize=10)
         panel.set_xlabel("MACs removed, percent")
         panel.spines[["top", "right"]].set_visible(False)
     panels[0][0].set_ylabel("accuracy, percent")
@@ -331,10 +314,10 @@ def main() -> None:
     for name in options.task:
         measure(TASKS[name](options.quick), rows, options.criterion, options.fewer, stop)
     for other in options.rows[1:]:
-        more = Rows(other).found
-        rows.found = {**rows.found, **more, "notes": {**rows.found.get("notes", {}), **more.get("notes", {})}}
+        more = Rows(other)
+        rows |= {**more, "notes": {**rows.get("notes", {}), **more.get("notes", {})}}
     keep("structured_accuracy.md", page(rows, options.threads), quick=options.quick)
-    if not options.quick and any(lines_of(task, rows) for task in rows.found["notes"]):
+    if not options.quick and any(lines_of(task, rows) for task in rows["notes"]):
         (PAGES / "structured_accuracy.svg").write_text(picture(rows), encoding="utf-8")
 
 

@@ -12,17 +12,17 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from conditions import ROOT, asset, conditions, table
+from conditions import ROOT, Rows, asset, conditions, show, table
 
 sys.path.insert(0, str(ROOT / "examples"))
 Row = dict[str, Any]
@@ -174,6 +174,12 @@ MAKERS: dict[str, Callable[[str, argparse.Namespace], Row]] = {
 }
 
 
+def run(key: str, options: argparse.Namespace) -> Row:
+    name, _, detail = key.partition(":")
+    row = MAKERS[name](detail or "0", options)
+    return {**row, "conditions": conditions(options.threads, "seed as named, else 0", row["seconds"])}
+
+
 def lenet_lines(rows: Mapping[str, Row]) -> Iterator[list[str]]:
     """A line for each network: means over the seeds that were run, least and most."""
     for name, (beside, goal) in LENETS.items():
@@ -285,18 +291,11 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(options.threads)
-    rows = json.loads(options.cache.read_text()) if options.cache.exists() else {}
+    rows = Rows(options.cache)
     for key in filter(None, options.rows.split(",")):
-        if key not in rows:
-            name, _, detail = key.partition(":")
-            row = MAKERS[name](detail or "0", options)
-            rows[key] = {**row, "conditions": conditions(options.threads, "seed as named, else 0", row["seconds"])}
-            options.cache.write_text(json.dumps(rows, indent=1))
-        print(key, {k: v for k, v in rows[key].items() if k not in ("rows", "conditions")}, flush=True)
-    text = "\n".join(page(rows)) + "\n"
-    print(text)
+        rows.measured(key, partial(run, key, options))
+    show(page(rows), options.out)
     if options.out:
-        options.out.write_text(text, encoding="utf-8")
         draw(rows, options.out.parent)
 
 

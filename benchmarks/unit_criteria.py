@@ -9,16 +9,16 @@ The inner convolutions of all blocks are cut. Three questions: which criterion; 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from conditions import ROOT, conditions, table
+from conditions import ROOT, Rows, conditions, show, table
 from resnet56 import accuracy, images
 from torch import Tensor, nn
 
@@ -116,26 +116,16 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    rows: dict[str, Any] = json.loads(options.rows.read_text()) if options.rows.exists() else {}
+    rows = Rows(options.rows)
     started = time.monotonic()
     bench = Bench(options.depth, options.quick)
     todo = [(p, n, k, b) for p, n, k in cases() if options.part in ("", p) for b in BUDGETS]
-    if f"{options.depth}/dense" not in rows:
-        rows[f"{options.depth}/dense"] = {"accuracy": accuracy(bench.model, bench.test)}
+    rows.measured(f"{options.depth}/dense", lambda: {"accuracy": accuracy(bench.model, bench.test)})
     for part, name, keys, budget in todo:
-        key = f"{options.depth}/{budget}/{part}/{name}"
-        if key not in rows:
-            rows[key] = bench.row(BUDGETS[budget], keys)
-            options.rows.write_text(json.dumps(rows, indent=1))
-        print(f"{key}: {rows[key]['accuracy']:.1f} ({rows[key]['fewer']:.2f}x, {rows[key]['seconds']:.0f} s)", flush=True)
+        rows.measured(f"{options.depth}/{budget}/{part}/{name}", partial(bench.row, BUDGETS[budget], keys))
     depths = sorted({int(key.split("/")[0]) for key in rows if "/" in key})
-    rows["seconds"] = rows.get("seconds", 0.0) + time.monotonic() - started
-    options.rows.write_text(json.dumps(rows, indent=1))
-    text = "\n".join(page({k: v for k, v in rows.items() if k != "seconds"}, depths, rows["seconds"])) + "\n"
-    if options.out:
-        options.out.write_text(text, encoding="utf-8")
-    else:
-        print(text)
+    rows.keep("seconds", rows.get("seconds", 0.0) + time.monotonic() - started)
+    show(page(rows, depths, rows["seconds"]), options.out)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import copy
 import io
-import json
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -28,7 +27,7 @@ from typing import Any
 
 import torch
 import vision_language_model as vl
-from conditions import conditions, table
+from conditions import Rows, conditions, show, table
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -251,11 +250,6 @@ def score(row: Row) -> float:
     return mean((mean((row["recall@1"], row["recall@5"])), mean((row["yes/no"], row["count"]))))
 
 
-def kept(cache: Path) -> dict[str, Row]:
-    """The rows that are in the file by now: another process may be at others."""
-    return json.loads(cache.read_text()) if cache.exists() else {}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cache", type=Path, help="JSON file of the rows")
@@ -267,17 +261,14 @@ def main() -> None:
     makers: dict[str, Callable[[], Row]] = {"dense": dense, "timing": timing}
     makers |= {f"{m}:{s}": partial(pruned, m, s) for s in SPARSITIES for m in METHODS}
     begun = time.monotonic()
+    known = Rows(given.cache)
     for name in dict.fromkeys([*given.rows.split(","), *URGENT, *makers]):
-        if name not in kept(given.cache) and time.monotonic() - begun < 60 * given.minutes:
+        if name not in known and time.monotonic() - begun < 60 * given.minutes:
             started = time.process_time()
-            row = {**makers[name](), "all seconds": time.process_time() - started}
-            given.cache.write_text(json.dumps({**kept(given.cache), name: row}, indent=1) + "\n")
-            print(name, {f: round(v, 1) for f, v in row.items() if isinstance(v, float)}, flush=True)
-    rows = {n: kept(given.cache)[n] for n in makers if n in kept(given.cache)}
-    lines = page(rows, sum(r["all seconds"] for r in rows.values()))
-    print("\n".join(lines))
+            known.keep(name, {**makers[name](), "all seconds": time.process_time() - started})
+    rows = {n: known[n] for n in makers if n in known}
+    show(page(rows, sum(r["all seconds"] for r in rows.values())), given.out)
     if given.out is not None:
-        given.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
         given.out.with_suffix(".svg").write_text(picture(rows), encoding="utf-8")
 
 

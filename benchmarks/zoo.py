@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import json
 import logging
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -20,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from conditions import Rows
 from torch import nn
 from zoo_detectors import DETECTORS
 from zoo_hf import FAMILIES, build
@@ -201,7 +200,7 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     sources = {"torchvision": torchvision_models, "timm": timm_models, "hf": hf_models, "detectors": detectors}
-    rows = json.loads(options.json.read_text()) if options.json and options.json.exists() else {}
+    rows = Rows(options.json)
     start = time.monotonic()
     for part in options.parts:
         for name, make in sources[part]():
@@ -209,23 +208,13 @@ def main() -> None:
             if options.only not in key or key in rows or time.monotonic() - start > options.seconds:
                 continue
             try:
-                rows[key] = judge(make, KINDS[part])
+                row = judge(make, KINDS[part])
             except MemoryError:
                 continue
             except Exception as error:  # the table says what failed and why
-                rows[key] = {
-                    "result": f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}".replace(
-                        "|", "/"
-                    )
-                }
-            r = rows[key]
-            left = r.get("left", 0) / r.get("parameters", 1)
-            sys.stdout.write(
-                f"{key:50s} {r['result']} {r.get('seconds', 0):.1f}s {r.get('units')} {left:.2f} {r.get('unknown', '')}\n"
-            )
-            sys.stdout.flush()
-            if options.json:
-                options.json.write_text(json.dumps(rows, indent=1))
+                said = str(error).splitlines()[0][:200] if str(error) else ""
+                row = {"result": f"{type(error).__name__}: {said}".replace("|", "/")}
+            rows.keep(key, row)
     if options.out:
         options.out.write_text(f"# The zoo\n\n{HEADER}\n{table(rows)}", encoding="utf-8")
 
