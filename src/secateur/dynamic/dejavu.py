@@ -227,10 +227,9 @@ def _pruned(block: nn.Module, choice: Choice) -> Tensor:
     found = torch.zeros(choice.units, dtype=torch.bool)
     for gate in block.modules():
         if isinstance(gate, ChosenInputs) and gate.choice is choice:
-            by_input = gate.weight if gate.swap else gate.weight.t()
-            found |= (by_input == 0).all(1).unflatten(0, (choice.units, choice.size)).all(1).cpu()
+            found |= (gate.by_input == 0).all(1).unflatten(0, (choice.units, choice.size)).all(1).cpu()
         elif isinstance(gate, ChosenOutputs) and gate.choice is choice and choice.size == 1:
-            empty = ((gate.weight.t() if gate.swap else gate.weight) == 0).all(1)
+            empty = (gate.by_output == 0).all(1)
             found |= (empty if gate.bias is None else empty & (gate.bias == 0)).cpu()
     return found
 
@@ -280,6 +279,5 @@ def _importance(block: nn.Module, chooser: Chooser | None, calls: Sequence[Call]
 
 def _gram(reader: ChosenInputs) -> Tensor:
     """``[units, size, size]``: products of the columns that read a unit, so that norms of what it adds need no outputs."""
-    weight = (reader.weight if reader.swap else reader.weight.t()).detach().float()
-    columns = weight.unflatten(0, (-1, reader.choice.size))
+    columns = reader.by_input.detach().float().unflatten(0, (-1, reader.choice.size))
     return columns @ columns.transpose(1, 2)
