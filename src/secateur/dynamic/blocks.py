@@ -25,6 +25,16 @@ def block_lists(model: nn.Module) -> list[list[str]]:
     return found
 
 
+def spread(blocks: int, places: int) -> list[int]:
+    """Numbers of as many blocks, that cut the list in pieces as equal as can be; the last block never.
+
+    >>> spread(12, 3)
+    [2, 5, 8]
+    """
+    found = {max(1, round(blocks * (i + 1) / (places + 1))) - 1 for i in range(places)}
+    return sorted(found - {blocks - 1})
+
+
 def recorded(model: nn.Module, names: Sequence[str], data: Batches) -> list[Call]:
     """The calls of the first of the blocks `names`, one for each batch, to go through the blocks with, inside a `phase`.
 
