@@ -58,6 +58,14 @@ def token_mask(batch: Batch) -> Tensor | None:
     return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
 
+def token_mean(x: Tensor, mask: Tensor | None) -> Tensor:
+    """``[batch, positions, width] -> [batch, width]``: the mean over the positions that `mask` says are no padding."""
+    if mask is None:
+        return x.mean(1)
+    weight = mask.to(x)[..., None]
+    return (x * weight).sum(1) / weight.sum(1).clamp(min=1)
+
+
 def forward(model: nn.Module, batch: Batch) -> Any:
     """``model(inputs)`` on the model's own device."""
     args, kwargs = inputs_of(to_device(batch, device_of(model)))
@@ -115,6 +123,17 @@ def size_of(batch: Batch) -> int:
     if labels is not None and labels.dim() > 0 and len(labels) != len(tensors[0]):
         raise DataError(f"a batch has {len(tensors[0])} inputs and {len(labels)} labels: they must be as many")
     return len(tensors[0])
+
+
+def first_batches(batches: Iterable[Batch], samples: int) -> list[Batch]:
+    """The first batches that hold at least that many samples together, or all."""
+    chosen: list[Batch] = []
+    for batch in batches:
+        chosen.append(batch)
+        samples -= size_of(batch)
+        if samples <= 0:
+            break
+    return chosen
 
 
 def samples_of(batch: Batch) -> Iterator[Batch]:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from secateur.data.batches import Batch, forward, output_tensor
+from secateur.data.batches import Batch, forward, output_tensor, token_mean
 from secateur.data.evaluate import Evaluate, evaluating
 from secateur.errors import DataError
 from secateur.progress import track
@@ -66,9 +66,7 @@ def _embed(model: nn.Module, encoding: Mapping[str, Any]) -> Tensor:
     mask = encoding.get("attention_mask")
     if output.dim() != 3 or (isinstance(mask, Tensor) and mask.shape != output.shape[:2]):
         raise DataError(f"similarity needs token vectors [batch, positions, width], the model gave {tuple(output.shape)}")
-    weight = torch.ones(output.shape[:2]) if mask is None else mask
-    weight = weight.to(output.device, output.dtype)[..., None]
-    return (output * weight).sum(1) / weight.sum(1).clamp_min(1)
+    return token_mean(output, mask)
 
 
 def _correlation(one: Tensor, other: Tensor) -> float:

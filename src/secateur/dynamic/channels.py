@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from secateur.dynamic.decider import Decider
 from secateur.dynamic.gate import Gate
 from secateur.runtime.fold import fold
+from secateur.runtime.native import Geometry
 
 
 @dataclass
@@ -173,10 +174,10 @@ def by_width(run: Callable[[Tensor, int], Tensor], x: Tensor, width: int | Tenso
     return out
 
 
-def _sizes(conv: nn.Conv2d, x: Tensor) -> tuple[int, ...]:
+def _sizes(conv: nn.Conv2d, x: Tensor) -> tuple[int, int]:
     """Height and width that the convolution puts out."""
-    facts: Any = zip(x.shape[2:], conv.kernel_size, conv.stride, conv.padding, conv.dilation, strict=True)
-    return tuple((size + 2 * pad - dilation * (kernel - 1) - 1) // stride + 1 for size, kernel, stride, pad, dilation in facts)
+    facts: Any = (conv.kernel_size, conv.stride, conv.padding, conv.dilation)
+    return Geometry(*facts).output(*x.shape[2:])
 
 
 @torch.no_grad()

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from secateur.dynamic.gate import Gate
 from secateur.dynamic.kernels import by_kernel, turn
+from secateur.dynamic.linear import LinearGate
 from secateur.errors import ModelError
 from secateur.runtime import native
 
@@ -47,28 +47,12 @@ class Choice:
         return units.flatten().int()
 
 
-class _Linear(Gate):
-    """What the two gates share: a linear layer, and the choice that they follow."""
+class _Following(LinearGate):
+    """What the two gates share: the choice that they follow."""
 
     def __init__(self, linear: nn.Module, choice: Choice, *, swap: bool = False):
-        """`swap` says that the weight of `linear` is stored ``[in, out]``, as GPT-2 has it."""
-        super().__init__()
-        self.linear, self.choice, self.swap = linear, choice, swap
-
-    @property
-    def weight(self) -> nn.Parameter:
-        """Of the layer inside, as that stores it."""
-        return self.linear.weight  # type: ignore[return-value]
-
-    @property
-    def bias(self) -> nn.Parameter | None:
-        """Of the layer inside."""
-        return self.linear.bias  # type: ignore[return-value]
-
-    @property
-    def macs(self) -> int:
-        """Dense multiply-adds for one position."""
-        return self.weight.numel()
+        super().__init__(linear, swap=swap)
+        self.choice = choice
 
     def set_budget(self, budget: float) -> None:
         """Nothing: how much is computed is up to the gate that chooses."""
@@ -80,7 +64,7 @@ class _Linear(Gate):
             self.spend(dense * self.choice.share, dense)
 
 
-class ChosenOutputs(_Linear):
+class ChosenOutputs(_Following):
     """``linear(x)``, with the outputs that were not chosen 0 instead of computed."""
 
     def __init__(self, linear: nn.Module, choice: Choice, *, swap: bool = False):
@@ -93,7 +77,7 @@ class ChosenOutputs(_Linear):
         self._record(x)
         if self.choice.chosen is None:
             return self.linear(x)
-        by_output = self.weight.t() if self.swap else self.weight
+        by_output = self.by_output
         if by_kernel(x, by_output):
             rows = self.choice.rows()
             y = torch.zeros(*x.shape[:-1], by_output.shape[0])
@@ -103,7 +87,7 @@ class ChosenOutputs(_Linear):
         return y.masked_fill(~self.choice.mask(y), 0)
 
 
-class ChosenInputs(_Linear):
+class ChosenInputs(_Following):
     """``linear(x)``, reading only inputs that were chosen; the others count as 0, whatever they are."""
 
     def __init__(self, linear: nn.Module, choice: Choice, *, swap: bool = False):
@@ -116,7 +100,7 @@ class ChosenInputs(_Linear):
         self._record(x)
         if self.choice.chosen is None:
             return self.linear(x)
-        by_input = self.weight if self.swap else self.weight.t()
+        by_input = self.by_input
         if by_kernel(x, by_input):
             rows = self.choice.rows()
             return native.combine(by_input, rows, x.view(-1)[rows], self.bias).view(*x.shape[:-1], -1)

@@ -44,12 +44,9 @@ class Decider(nn.Module):
         self.explore: Generator | None = None  #: draws choices where there is one
         self.epsilon = 0.0  #: share of the choices that are drawn
         self.floor = lowest  #: least share of the groups that random choices take on average
-        self.trace: list[tuple[Tensor, Tensor]] | None = (
-            None  #: pooled features and choices of each gate, while somebody learns
-        )
+        self.trace: list[tuple[Tensor, Tensor]] | None = None  #: pooled features and choices of gates, while somebody learns
         self._memory: Tensor | None = None
         self._level: Tensor | None = None
-        self._next = 0
 
     def set_budget(self, budget: float) -> None:
         """The lowest price at which the calibration data cost at most `budget` on average. 1 is the dense network."""

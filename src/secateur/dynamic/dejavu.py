@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secateur.data.batches import Batches
-from secateur.dynamic.blocks import block_lists, recorded
+from secateur.dynamic.blocks import block_lists, positions, recorded, run_all
 from secateur.dynamic.chosen import Choice, ChosenInputs, ChosenOutputs
 from secateur.dynamic.gate import Gate
 from secateur.dynamic.parts import Part, attention, feed_forward
@@ -184,7 +184,7 @@ class DejaVu:
                 block = model.get_submodule(name)
                 chooser = block._modules.get("chooser")
                 with phase(model, 0):
-                    hidden = torch.cat([_positions(_hidden(call), call.mask) for call in calls])
+                    hidden = torch.cat([positions(call.hidden, call.mask) for call in calls])
                     outputs, importance = _importance(block, chooser if isinstance(chooser, Chooser) else None, calls)
                 source = hidden if earlier is None or not self.ahead else earlier
                 if isinstance(chooser, Chooser):
@@ -227,10 +227,9 @@ def _pruned(block: nn.Module, choice: Choice) -> Tensor:
     found = torch.zeros(choice.units, dtype=torch.bool)
     for gate in block.modules():
         if isinstance(gate, ChosenInputs) and gate.choice is choice:
-            by_input = gate.weight if gate.swap else gate.weight.t()
-            found |= (by_input == 0).all(1).unflatten(0, (choice.units, choice.size)).all(1).cpu()
+            found |= (gate.by_input == 0).all(1).unflatten(0, (choice.units, choice.size)).all(1).cpu()
         elif isinstance(gate, ChosenOutputs) and gate.choice is choice and choice.size == 1:
-            empty = ((gate.weight.t() if gate.swap else gate.weight) == 0).all(1)
+            empty = (gate.by_output == 0).all(1)
             found |= (empty if gate.bias is None else empty & (gate.bias == 0)).cpu()
     return found
 
@@ -240,39 +239,18 @@ def scaled(hidden: Tensor) -> Tensor:
     return hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + 1e-6)
 
 
-def _hidden(call: Call) -> Tensor:
-    args, kwargs = call.arguments()
-    return args[0] if args else next(iter(kwargs.values()))
-
-
-def _positions(x: Tensor, mask: Tensor | None) -> Tensor:
-    """``[..., features]`` as ``[n, features]``, padding left out."""
-    if mask is not None and x.shape[: mask.dim()] == mask.shape:
-        return x[mask.to(x.device)]
-    return x.reshape(-1, x.shape[-1])
-
-
 def _importance(block: nn.Module, chooser: Chooser | None, calls: Sequence[Call]) -> tuple[list[Tensor], list[Tensor]]:
     """The block's outputs on all calls, and for each predictor what every unit added: ``[positions, units]``."""
     readers = [m for m in block.modules() if isinstance(m, ChosenInputs)]
     order = [next(r for r in readers if r.choice is choice) for choice, _ in chooser.predictors] if chooser else []
     seen: dict[nn.Module, list[Tensor]] = {reader: [] for reader in order}
     grams = {reader: _gram(reader) for reader in order}
-    mask: Tensor | None = None
 
-    def look(reader: Any, args: tuple[Tensor, ...]) -> None:
-        x = _positions(args[0], mask).float().unflatten(-1, (-1, reader.choice.size))
+    def see(reader: ChosenInputs, x: Tensor) -> None:
+        x = x.float().unflatten(-1, (-1, reader.choice.size))
         seen[reader].append(torch.einsum("nud,ude,nue->nu", x, grams[reader], x).clamp(min=0).sqrt())
 
-    handles = [reader.register_forward_pre_hook(look) for reader in order]
-    outputs = []
-    try:
-        for call in calls:
-            mask = call.mask
-            outputs.append(call.run(block))
-    finally:
-        for handle in handles:
-            handle.remove()
+    outputs = run_all(block, calls, order, see)
     if not all(seen.values()):
         raise ModelError("the data reaches no call of a feed-forward or attention part: what its units add is unknown")
     return outputs, [torch.cat(seen[reader]) for reader in order]
@@ -280,6 +258,5 @@ def _importance(block: nn.Module, chooser: Chooser | None, calls: Sequence[Call]
 
 def _gram(reader: ChosenInputs) -> Tensor:
     """``[units, size, size]``: products of the columns that read a unit, so that norms of what it adds need no outputs."""
-    weight = (reader.weight if reader.swap else reader.weight.t()).detach().float()
-    columns = weight.unflatten(0, (-1, reader.choice.size))
+    columns = reader.by_input.detach().float().unflatten(0, (-1, reader.choice.size))
     return columns @ columns.transpose(1, 2)

@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from secateur.data.batches import Batch, Batches, forward, labels_of, output_tensor, samples_of, token_mask
+from secateur.data.batches import Batch, Batches, forward, labels_of, output_tensor, samples_of, token_mask, token_mean
+from secateur.dynamic.around import Around
+from secateur.dynamic.blocks import spread
 from secateur.dynamic.dial import Dial
 from secateur.dynamic.gate import Gate
 from secateur.dynamic.registry import DYNAMIC
@@ -28,7 +30,7 @@ class _Left(Exception):
     """Ends a forward pass in which every member of the batch has left."""
 
 
-class EarlyExit(Gate):
+class EarlyExit(Around, Gate):
     """A classifier with heads behind some of its blocks. An input whose confidence at a head is high enough leaves there.
 
     The confidence is the largest probability of the head's softmax at a temperature fitted on held-out data. Members of a
@@ -50,14 +52,6 @@ class EarlyExit(Gate):
         self.dial = Dial(POINTS)
         self.threshold: float | None = None  #: None: the heads are not asked
         self.forced: int | None = None  #: number of the head at which every input leaves, sure or not
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "model" or name.startswith("__"):
-                raise
-            return getattr(self.model, name)
 
     def set_budget(self, budget: float) -> None:
         """The highest threshold at which the held-out data cost at most `budget` on average. 1 is the model without heads."""
@@ -185,10 +179,7 @@ def pooled(x: Tensor, mask: Tensor | None = None) -> Tensor:
         raise ModelError(
             f"a block gives a tensor of shape {tuple(x.shape)}; a head can read images [n, c, h, w] and tokens [n, t, c]"
         )
-    if mask is None:
-        return x.mean(1)
-    weight = mask.to(x.dtype)[..., None]
-    return (x * weight).sum(1) / weight.sum(1).clamp(min=1)
+    return token_mean(x, mask)
 
 
 def _blocks(model: nn.Module) -> list[str]:
@@ -248,7 +239,8 @@ class Exits:
 
     def prepare(self, model: nn.Module, data: Batches) -> dict[str, Any]:
         """The options with what the model and its first batch tell."""
-        names = list(self.places) or _spread(_blocks(model), self.exits)
+        blocks = _blocks(model)
+        names = list(self.places) or [blocks[i] for i in spread(len(blocks), self.exits)]
         if not names:
             raise ModelError(f"early_exit puts heads behind the blocks of a list; a {type(model).__name__} lists none")
         batch, widths = next(iter(data)), dict[str, int]()
@@ -309,12 +301,6 @@ def watched(model: nn.Module, names: Sequence[str], see: Any) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _spread(blocks: Sequence[str], exits: int) -> list[str]:
-    """Names of `exits` blocks that cut the list in pieces as equal as can be, the last block never."""
-    places = {max(1, round(len(blocks) * (i + 1) / (exits + 1))) - 1 for i in range(exits)}
-    return [blocks[i] for i in sorted(places) if i < len(blocks) - 1]
 
 
 @torch.no_grad()

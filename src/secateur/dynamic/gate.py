@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 
 from secateur.dynamic.cost import Costs, Meter
+from secateur.stats.replay import hooked
 
 
 class Gate(nn.Module):
@@ -46,9 +47,8 @@ def recording(model: nn.Module) -> Iterator[Costs]:
     try:
         for gate in gates:
             gate.meter = meter
-        yield meter.costs
+        with hooked(handles):
+            yield meter.costs
     finally:
         for gate in gates:
             gate.meter = None
-        for handle in handles:
-            handle.remove()

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import nn
 
 from secateur.data.batches import Batch, Batches
+from secateur.dynamic.around import Around
 from secateur.dynamic.cost import Costs
 from secateur.dynamic.curve import dial_report
 from secateur.dynamic.gate import Gate, recording
@@ -23,7 +24,7 @@ from secateur.registry import bind
 from secateur.types import Report
 
 
-class Dynamic(nn.Module):
+class Dynamic(Around):
     """A model with gates, called like the model itself. Made by `dynamic` or by `sc.load`.
 
     Attributes that it lacks (``config``, ``generate``, ...) are those of the model inside, ``gated.model``.
@@ -73,16 +74,14 @@ class Dynamic(nn.Module):
         """As the model."""
         return self.model(*args, **kwargs)
 
-    @contextmanager
-    def recording(self) -> Iterator[Costs]:
+    def recording(self) -> AbstractContextManager[Costs]:
         """Inside, every call of the model (also from its own ``generate``) adds one entry for each of its inputs.
 
         >>> with gated.recording() as costs:                             # doctest: +SKIP
         ...     gated(x)
         >>> print(costs.mean, costs.shares)                              # doctest: +SKIP
         """
-        with recording(self.model) as costs:
-            yield costs
+        return recording(self.model)
 
     def report(
         self, evaluate: Evaluate, *, budgets: Sequence[float] = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4), title: str | None = None
@@ -92,14 +91,6 @@ class Dynamic(nn.Module):
         >>> sc.save(gated, "runs/gated", report=gated.report(accuracy))  # doctest: +SKIP
         """
         return dial_report(self, evaluate, budgets, title or f"{type(self.model).__name__} with {self.method}")
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "model" or name.startswith("__"):
-                raise
-            return getattr(self.model, name)
 
     def extra_repr(self) -> str:
         """Method and budget."""

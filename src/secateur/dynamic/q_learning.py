@@ -47,11 +47,8 @@ def play(model: nn.Module, decider: Decider, batches: Sequence[Batch], epsilon: 
         for batch in track(batches, "episodes", len(batches)):
             decider.full = True
             dense = losses(model, batch)
-            decider.full, decider.price, decider.trace = (
-                False,
-                decider.any_price(size_of(batch), generator).to(dense.device),
-                [],
-            )
+            decider.full, decider.trace = False, []
+            decider.price = decider.any_price(size_of(batch), generator).to(dense.device)
             reward = dense - losses(model, batch)
             pooled, chosen = zip(*decider.trace, strict=True)
             seen.append(Episodes(pooled, torch.stack(chosen), decider.price, reward))

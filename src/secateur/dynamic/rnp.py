@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.data.batches import Batch, Batches, forward
+from secateur.data.batches import Batch, Batches, first_batches, forward
 from secateur.dynamic.channels import ChannelGate, GatedInput, Link, find_pairs, order_channels
 from secateur.dynamic.decider import ENDS, Decider
 from secateur.dynamic.gate import recording
@@ -114,7 +114,7 @@ class Rnp:
         """Q-learning from episodes that are random at first, and then the decider's own; then the costs of the prices."""
         first, second = (1.0, 0.3) if turn == 0 else (0.3, 0.1)
         seed = self.seed + 1000 * (turn + 1)
-        batches = _some(data.shuffled(seed), self.episodes)
+        batches = first_batches(data.shuffled(seed), self.episodes)
         half = (len(batches) + 1) // 2
         replay = play(model, decider, batches[:half], first, seed)
         learn(decider, replay, self.steps // 2, 3e-3, seed)
@@ -153,17 +153,6 @@ def frozen(module: nn.Module) -> Iterator[None]:
     finally:
         for parameter, needed in before:
             parameter.requires_grad_(needed)
-
-
-def _some(batches: Iterable[Batch], count: int) -> list[Batch]:
-    """The first batches that hold at least `count` inputs together, or all."""
-    chosen: list[Batch] = []
-    for batch in batches:
-        if count <= 0:
-            break
-        chosen.append(batch)
-        count -= len(batch[0]) if isinstance(batch, (tuple, list)) else len(next(iter(batch.values())))
-    return chosen
 
 
 @torch.no_grad()
@@ -217,7 +206,7 @@ def _set_shares(model: nn.Module, gates: Sequence[ChannelGate], readers: Sequenc
 @torch.no_grad()
 def _measure(model: nn.Module, decider: Decider, batches: Sequence[Batch]) -> None:
     """The mean share computed at each price, on some of the data; settings of the dial are minus their logarithms."""
-    batches = _some(batches, 512)
+    batches = first_batches(batches, 512)
 
     def cost(setting: float) -> float:
         decider.price = math.exp(-setting)

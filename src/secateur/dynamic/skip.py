@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.data.batches import Batch, Batches, forward, output_tensor, samples_of, token_mask
+from secateur.data.batches import (
+    Batch, Batches, arguments_of, first_batches, forward, output_tensor, samples_of, token_mask, token_mean,
+)  # fmt: skip
 from secateur.dynamic.dial import Dial
 from secateur.dynamic.gate import Gate, recording
 from secateur.dynamic.registry import DYNAMIC
@@ -121,7 +123,7 @@ class Skip:
     def prepare(self, model: nn.Module, data: Batches) -> dict[str, Any]:
         """The blocks that can be skipped, and the width of what each is given."""
         batch = next(iter(data))
-        names = list(self.names) or [block.name for block in removable_blocks(model, trace(model, _inputs(batch)))]
+        names = list(self.names) or [block.name for block in removable_blocks(model, trace(model, arguments_of(batch)))]
         if not names:
             raise ModelError(
                 f"skip needs residual blocks in a list, with outputs of their inputs' shape; a {type(model).__name__} has none"
@@ -156,7 +158,7 @@ class Skip:
     def calibrate(self, model: nn.Module, data: Batches) -> None:
         """Importance by block and input, a regression for each block, and the table of the dial."""
         gates = {name: module for name, module in model.named_modules() if isinstance(module, SkipGate)}
-        batches = _some(data, self.samples)
+        batches = first_batches(data, self.samples)
         wanted, given = _importances(model, gates, batches)
         for gate, target, x in zip(gates.values(), wanted, given, strict=True):
             _fit(gate, x, target, self.ridge)
@@ -164,30 +166,12 @@ class Skip:
         _measure(model, list(gates.values()), batches)
 
 
-def _inputs(batch: Batch) -> Any:
-    return batch[0] if isinstance(batch, (tuple, list)) else batch
-
-
-def _some(data: Batches, count: int) -> list[Batch]:
-    chosen: list[Batch] = []
-    for batch in data:
-        chosen.append(batch)
-        count -= len(first_tensor(batch))
-        if count <= 0:
-            break
-    return chosen
-
-
 def _answer(model: nn.Module, batch: Batch) -> Tensor:
     """The model's output as vectors ``[batch, width]``: logits, or the mean over the tokens that are there."""
     out = output_tensor(forward(model, batch)).float()
     if out.dim() != 3:
         return out.flatten(1)
-    mask = token_mask(batch)
-    if mask is None:
-        return out.mean(1)
-    weight = mask.to(out)[..., None]
-    return (out * weight).sum(1) / weight.sum(1).clamp(min=1)
+    return token_mean(out, token_mask(batch))
 
 
 @torch.no_grad()

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from secateur.dynamic.gate import Gate
 from secateur.dynamic.kernels import by_kernel, turn
+from secateur.dynamic.linear import LinearGate
 from secateur.runtime import native
 
 _POINTS = 201  #: of the table of quantiles, and of the way of sparsities
 
 
-class SparseInput(Gate):
+class SparseInput(LinearGate):
     """``linear(x)`` with every input of magnitude at most a threshold taken as zero.
 
     The threshold is the quantile of magnitudes at the sparsity that the budget gives this layer; at sparsity 0 only exact
@@ -25,29 +25,13 @@ class SparseInput(Gate):
     way: Tensor  #: ``[201]``: sparsity of this layer for each sparsity of its block
 
     def __init__(self, linear: nn.Module, *, swap: bool = False):
-        """`swap` says that the weight of `linear` is stored ``[in, out]``, as GPT-2 has it."""
-        super().__init__()
-        self.linear, self.swap = linear, swap
+        """As `LinearGate`."""
+        super().__init__(linear, swap=swap)
         if not swap:
             turn(self.weight)
         self.register_buffer("quantiles", torch.zeros(_POINTS))
         self.register_buffer("way", torch.linspace(0, 1, _POINTS, dtype=torch.float64))
         self.threshold = 0.0
-
-    @property
-    def weight(self) -> nn.Parameter:
-        """Of the layer inside, as that stores it."""
-        return self.linear.weight  # type: ignore[return-value]
-
-    @property
-    def bias(self) -> nn.Parameter | None:
-        """Of the layer inside."""
-        return self.linear.bias  # type: ignore[return-value]
-
-    @property
-    def macs(self) -> int:
-        """Dense multiply-adds for one position."""
-        return self.weight.numel()
 
     def learn(self, magnitudes: Tensor) -> None:
         """Take the table of quantiles from a sample of the inputs' magnitudes."""
@@ -70,7 +54,7 @@ class SparseInput(Gate):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in] -> [..., out]``."""
-        by_input = self.weight if self.swap else self.weight.t()
+        by_input = self.by_input
         if by_kernel(x, by_input):
             y, kept = native.thin(x, by_input, self.threshold, self.bias)
             if self.meter is not None:

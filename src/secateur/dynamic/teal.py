@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.data.batches import Batches
-from secateur.dynamic.blocks import block_lists, recorded
+from secateur.dynamic.blocks import block_lists, positions, recorded, run_all
 from secateur.dynamic.registry import DYNAMIC
 from secateur.dynamic.sparse_input import SparseInput
 from secateur.errors import ModelError, RecipeError
@@ -82,23 +82,14 @@ def _seen(block: nn.Module, gates: Sequence[SparseInput], calls: Sequence[Call])
     """Outputs of the dense block on all calls, and for each gate a sample of the magnitudes of its inputs."""
     seen: dict[SparseInput, list[Tensor]] = {gate: [] for gate in gates}
     share = max(1, _SAMPLE // len(calls))
-    mask: Tensor | None = None
 
-    def look(gate: nn.Module, args: tuple[Tensor, ...]) -> None:
-        values = _rows(args[0], mask).abs().flatten()
-        seen[gate].append(values[:: max(1, values.numel() // share)].float())  # type: ignore[index]
+    def see(gate: SparseInput, x: Tensor) -> None:
+        values = x.abs().flatten()
+        seen[gate].append(values[:: max(1, values.numel() // share)].float())
 
     for gate in gates:
         gate.set_sparsity(0.0)
-    handles = [gate.register_forward_pre_hook(look) for gate in gates]
-    outputs = []
-    try:
-        for call in calls:
-            mask = call.mask
-            outputs.append(call.run(block))
-    finally:
-        for handle in handles:
-            handle.remove()
+    outputs = run_all(block, calls, gates, see)
     if not all(seen.values()):
         raise ModelError("the data reaches no call of a linear layer of a block: its inputs are unknown")
     return outputs, [torch.cat(values) for values in seen.values()]
@@ -106,11 +97,11 @@ def _seen(block: nn.Module, gates: Sequence[SparseInput], calls: Sequence[Call])
 
 def _allocation(block: nn.Module, gates: Sequence[SparseInput], calls: Sequence[Call], step: float) -> list[tuple[float, ...]]:
     """The layers' sparsities from 0 to 1, raised greedily one at a time."""
-    wanted = [_rows(call.run(block), call.mask) for call in calls]
+    wanted = [positions(call.run(block), call.mask) for call in calls]
 
     def error() -> float:
         pairs = zip(calls, wanted, strict=True)
-        return sum(float((_rows(call.run(block), call.mask) - y).double().square().sum()) for call, y in pairs)
+        return sum(float((positions(call.run(block), call.mask) - y).double().square().sum()) for call, y in pairs)
 
     def raised(gate: int) -> float:
         return min(_MOST, sparsity[gate] + step)
@@ -142,20 +133,12 @@ def _allocation(block: nn.Module, gates: Sequence[SparseInput], calls: Sequence[
     return way
 
 
-def _some(calls: Sequence[Call], positions: int) -> list[Call]:
-    """The first calls that have at least `positions` positions together, or all."""
+def _some(calls: Sequence[Call], count: int) -> list[Call]:
+    """The first calls that have at least `count` positions together, or all."""
     chosen: list[Call] = []
     for call in calls:
-        if positions <= 0:
+        if count <= 0:
             break
-        args, kwargs = call.arguments()
-        positions -= (args[0] if args else next(iter(kwargs.values()))).shape[:-1].numel()
+        count -= call.hidden.shape[:-1].numel()
         chosen.append(call)
     return chosen
-
-
-def _rows(x: Tensor, mask: Tensor | None) -> Tensor:
-    """``[..., features]`` as ``[n, features]``, padding left out."""
-    if mask is not None and x.shape[: mask.dim()] == mask.shape:
-        return x[mask.to(x.device)]
-    return x.reshape(-1, x.shape[-1])

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from secateur.data.batches import Batch, Batches, forward
+from secateur.data.batches import Batches, arguments_of, first_batches, forward
+from secateur.dynamic.blocks import spread
 from secateur.dynamic.dial import Dial
 from secateur.dynamic.gate import Gate, recording
 from secateur.dynamic.registry import DYNAMIC
@@ -239,9 +240,8 @@ class Tokens:
 
     def prepare(self, model: nn.Module, data: Batches) -> dict[str, Any]:
         """The blocks through which tokens pass."""
-        batch = next(iter(data))
-        inputs = batch[0] if isinstance(batch, (tuple, list)) else batch
-        found = [b.name for b in removable_blocks(model, trace(model, inputs)) if len(b.shape) == 3]
+        graph = trace(model, arguments_of(next(iter(data))))
+        found = [b.name for b in removable_blocks(model, graph) if len(b.shape) == 3]
         return {"blocks": list(self.blocks) or found}
 
     def attach(self, model: nn.Module) -> nn.Module:
@@ -253,7 +253,7 @@ class Tokens:
                 "has none"
             )
         dial, route, count = Dial(POINTS), Route(), len(self.blocks)
-        places = {max(1, round(count * (i + 1) / (self.places + 1))) - 1 for i in range(self.places)} - {count - 1}
+        places = spread(count, self.places)
         for i, name in enumerate(self.blocks):
             where = {"place": i in places, "first": i == 0, "last": i == count - 1}
             model.set_submodule(name, TokenGate(model.get_submodule(name), dial, route, self.score, **where))
@@ -263,11 +263,7 @@ class Tokens:
     def calibrate(self, model: nn.Module, data: Batches) -> None:
         """What each rate costs, on some of the data."""
         gate = next(m for m in model.modules() if isinstance(m, TokenGate))
-        batches: list[Batch] = []
-        for batch in data:
-            batches.append(batch)
-            if sum(len(first_tensor(b)) for b in batches) >= self.samples:
-                break
+        batches = first_batches(data, self.samples)
 
         def cost(rate: float) -> float:
             gate.route.rate = rate

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -36,12 +36,16 @@ class Call:
         self._args, self._spill, self.mask = args[1:], spill, mask
         self._kwargs = {k: v for k, v in kwargs.items() if k != self._first}
 
+    @property
+    def hidden(self) -> Tensor:
+        """The hidden state in hand, the first argument of the block in turn."""
+        return self._spill.get(self._hidden)
+
     def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """What the block in turn is called with."""
-        hidden = self._spill.get(self._hidden)
         if self._first is None:
-            return (hidden, *self._args), self._kwargs
-        return (), {self._first: hidden, **self._kwargs}
+            return (self.hidden, *self._args), self._kwargs
+        return (), {self._first: self.hidden, **self._kwargs}
 
     def run(self, block: nn.Module) -> Tensor:
         """The hidden state after `block`."""
@@ -81,7 +85,7 @@ def record(model: nn.Module, block: nn.Module, batches: Batches, spill: Spill) -
         calls.append(Call(args, dict(kwargs), mask, spill))
         raise _Stop
 
-    with _hooked([block.register_forward_pre_hook(hook, with_kwargs=True)]):
+    with hooked([block.register_forward_pre_hook(hook, with_kwargs=True)]):
         for batch in batches:
             mask = token_mask(batch)
             try:
@@ -126,7 +130,7 @@ class Trial:
         self.values = 0  #: in the hidden state of one batch
         handles = [b.register_forward_pre_hook(self._look(i), with_kwargs=True) for i, b in enumerate(blocks)]
         handles.append(blocks[-1].register_forward_hook(self._look_at_the_last))
-        with _hooked(handles):
+        with hooked(handles):
             forward(model, ordinary(next(iter(batches))))
         self.reason = self._why_not()
 
@@ -156,7 +160,8 @@ class Trial:
 
 
 @contextmanager
-def _hooked(handles: list[Any]) -> Iterator[None]:
+def hooked(handles: Sequence[Any]) -> Iterator[None]:
+    """Takes the hooks of these handles away afterwards."""
     try:
         yield
     finally:
