@@ -43,7 +43,7 @@ class Layer:
     @property
     def reads_input(self) -> bool:
         """Whether what the weight multiplies is what its module is given: in linear layers and convolutions."""
-        return isinstance(self.module, (nn.Linear, *CONVOLUTIONS)) or _is_conv1d(self.module)
+        return isinstance(self.module, (nn.Linear, *CONVOLUTIONS)) or is_conv1d(self.module)
 
     @property
     def groups(self) -> int:
@@ -162,12 +162,12 @@ def _is_weight(module: nn.Module, local: str) -> tuple[bool, bool]:
         return local.startswith("weight_"), False
     if isinstance(module, nn.MultiheadAttention):
         return local in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"), False
-    if _is_conv1d(module):
+    if is_conv1d(module):
         return local == "weight", True
     return False, False
 
 
-def _is_conv1d(module: nn.Module) -> bool:
+def is_conv1d(module: nn.Module) -> bool:
     """Whether it is GPT-2's linear layer, whose weight is stored transposed."""
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T")
 
 _UNKNOWN = 8 << 30  # where the system says nothing
 _CGROUPS = (
@@ -27,6 +31,26 @@ def available_memory() -> int:
     """
     left = [limit - used for limit, used in _limits()]
     return max(0, min([_free(), *left]))
+
+
+def portions(items: Iterable[T], needed: Callable[[T], float], budget: float) -> Iterator[list[T]]:
+    """The items in order, as many at a time as need no more than `budget` together, and at least one.
+
+    Example:
+        >>> list(portions([3, 4, 9, 1], lambda n: n, 8))
+        [[3, 4], [9], [1]]
+    """
+    chosen: list[T] = []
+    used = 0.0
+    for item in items:
+        more = needed(item)
+        if chosen and used + more > budget:
+            yield chosen
+            chosen, used = [], 0.0
+        chosen.append(item)
+        used += more
+    if chosen:
+        yield chosen
 
 
 def _physical() -> int:

@@ -7,7 +7,7 @@ that the layers repaired before it really give, and makes up for what they could
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from secateur.data.batches import Batch, Batches, forward
 from secateur.layers import Layer, find_layers
-from secateur.memory import total_memory
+from secateur.memory import portions, total_memory
 from secateur.progress import track
 from secateur.stats import nonfinite
 from secateur.stats.follow import Sight, follow
@@ -32,6 +32,7 @@ log = logging.getLogger("secateur")
 PULLS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, float("inf"))
 #: A BatchNorm that shrinks a channel to less than this share of the largest one passes no error on to the layer before it.
 _FAINT = 1e-2
+_MEMORY = 0.1  # of the machine's memory that the dense model's outputs may take at a time
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def refit(
         steps = _order(smaller, {n: small[n] for n in lost if small[n].reads_input}, kept[0])
         if bias_only:
             steps = [step for step in steps if step.shift is not None]
-        for some in _portions(steps, kept):
+        for some in portions(steps, lambda step: step.bytes, _MEMORY * total_memory() / len(kept)):
             wanted = _wanted(model, {s.layer.name: layers[s.layer.name] for s in some}, lines, kept, reads)
             for step in some:
                 moments = step.look(smaller, kept, [batch.pop(step.layer.name) for batch in wanted], reads)
@@ -238,20 +239,6 @@ def _target(sight: Sight, wanted: _Wanted) -> Tensor:
     slope = slope.reshape(len(output), 1, -1)
     clear = slope.abs() > _FAINT * slope.abs().max()
     return output + torch.where(clear, missing / slope, 0)
-
-
-def _portions(steps: list[_Step], batches: list[Batch]) -> Iterator[list[_Step]]:
-    """The steps in order, as many at a time as a tenth of the memory holds the dense model's outputs of, and at least one."""
-    budget, used = 0.1 * total_memory() / len(batches), 0
-    some: list[_Step] = []
-    for step in steps:
-        if some and used + step.bytes > budget:
-            yield some
-            some, used = [], 0
-        some.append(step)
-        used += step.bytes
-    if some:
-        yield some
 
 
 def _order(model: nn.Module, layers: Mapping[str, Layer], batch: Batch) -> list[_Step]:

@@ -23,19 +23,8 @@ class Progress:
     """
 
     def __init__(self, out: str | Path, recipe: str, model: nn.Module):
-        path = Path(out).absolute()
-        self._folder = path.with_name(f".{path.name}.progress")
-        self._claim(fingerprint(recipe, model))
-
-    def _claim(self, key: str) -> None:
-        """Start anew where the state on disk is another run's."""
-        file = self._folder / "run"
-        if self._folder.exists() and not (file.exists() and file.read_text() == key):
-            log.warning("%s is of another model or recipe: starting anew", self._folder)
-            self.clear()
-        self._folder.mkdir(parents=True, exist_ok=True)
-        if not file.exists():
-            write_synced(file, key.encode())
+        self._folder = beside(out)
+        claim(self._folder, fingerprint(recipe, model))
 
     @property
     def slimming(self) -> Path:
@@ -68,6 +57,28 @@ class Progress:
         shutil.rmtree(self.solving(step - 1), ignore_errors=True)
 
     def clear(self) -> None:
-        """The run is finished: remove its state, first of all what says whose it is, so that a kill leaves nobody's."""
-        (self._folder / "run").unlink(missing_ok=True)
-        shutil.rmtree(self._folder, ignore_errors=True)
+        """The run is finished: remove its state."""
+        give_up(self._folder)
+
+
+def beside(out: str | Path) -> Path:
+    """The folder for the state of a run that writes to `out`."""
+    path = Path(out).absolute()
+    return path.with_name(f".{path.name}.progress")
+
+
+def claim(folder: Path, key: str) -> None:
+    """Make `folder` that of the run `key`. The state of another run in it is removed."""
+    file = folder / "run"
+    if folder.exists() and not (file.exists() and file.read_text() == key):
+        log.warning("%s is of another model or recipe: starting anew", folder)
+        give_up(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not file.exists():
+        write_synced(file, key.encode())
+
+
+def give_up(folder: Path) -> None:
+    """Remove the state in `folder`, first of all what says whose it is, so that a kill leaves nobody's."""
+    (folder / "run").unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -177,9 +178,9 @@ class UnitScores:
         """Units in all groups."""
         return self.groups * self.units
 
-    @property
+    @functools.cached_property
     def left(self) -> int:
-        """Units in all groups that were not removed before: more than these must not be kept. Computes the scores."""
+        """Units in all groups that were not removed before: more than these must not be kept. Computes the scores, once."""
         return self.total - int(torch.isneginf(self.scores).sum())
 
 

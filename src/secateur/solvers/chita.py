@@ -46,9 +46,9 @@ def chita(
         return keep_only(weight, scores, keep, pattern, stats)
     problem = _Problem(weight, scores, keep, pattern, stats, damp, first_order)
     if problem.level == 0:
-        solution = keep_only(weight, problem.nearest(problem.start), keep, pattern, stats)
+        mask = problem.largest(problem.start)
         note = f"every gradient of {stats.name!r} is zero: its largest weights were kept as they are"
-        return Solution(solution.mask, solution.weight, (note,))
+        return Solution(mask, torch.where(mask, weight, 0), (note,))
     return problem.solution(problem.support(iterations))
 
 
@@ -68,14 +68,13 @@ class _Problem:
         samples = stats.row_samples.to(self.rows) if stats.row_samples is not None else torch.ones(count)
         self.pull = -first * samples.sqrt() * count / samples.sum()
 
-    def mask(self, values: Tensor) -> BoolTensor:
-        """Of the weights left: the units whose values, squared and summed, are most."""
-        return self._whole_mask(values).reshape(-1)[self._alive]  # type: ignore[return-value]
+    def largest(self, values: Tensor) -> BoolTensor:
+        """Of the whole weight: the units whose values, squared and summed, are most."""
+        return best(self._whole(values.square()), self._keep, self._pattern, self._removed)
 
-    def nearest(self, values: Tensor) -> Tensor:
-        """Scores ``[groups, units]`` of those units."""
-        folded = self._pattern.fold(self._whole(values.square())).sum(2)
-        return folded.masked_fill(self._pattern.fold(self._removed).all(2), -torch.inf)
+    def mask(self, values: Tensor) -> BoolTensor:
+        """As `largest`, of the weights left."""
+        return self.largest(values).reshape(-1)[self._alive]  # type: ignore[return-value]
 
     def support(self, iterations: int) -> BoolTensor:
         """The mask that ADMM settles on."""
@@ -111,9 +110,6 @@ class _Problem:
         result = torch.zeros(self._removed.shape, device=values.device)
         result.view(-1)[self._alive] = values
         return result
-
-    def _whole_mask(self, values: Tensor) -> BoolTensor:
-        return best(self._whole(values.square()), self._keep, self._pattern, self._removed)
 
 
 def _factor(square: Tensor, ridge: float) -> Tensor:

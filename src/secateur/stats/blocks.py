@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from secateur.data.batches import Batches
 from secateur.layers import Layer
-from secateur.memory import total_memory
+from secateur.memory import portions, total_memory
 from secateur.progress import advance
 from secateur.stats.collect import collect
 from secateur.stats.reads import reads_of
@@ -101,33 +101,11 @@ def _passes(
     model: nn.Module, layers: Mapping[str, Layer], batches: Batches, seed: int, done: Collection[str]
 ) -> Iterator[dict[str, Tensor]]:
     """Passes of the whole model, each for as many layers as memory allows."""
-    for chosen in portions(layers):
-        yield from _one_pass(model, chosen, batches, seed, done)
-
-
-def portions(layers: Mapping[str, Layer]) -> Iterator[dict[str, Layer]]:
-    """The layers in order, as many at a time as a tenth of the memory holds the Gram matrices of, and at least one."""
-    budget = _MEMORY * total_memory()
-    chosen: dict[str, Layer] = {}
-    used = 0.0
-    for name, layer in layers.items():
-        needed = _bytes(layer)
-        if chosen and used + needed > budget:
-            yield chosen
-            chosen, used = {}, 0.0
-        chosen[name] = layer
-        used += needed
-    if chosen:
-        yield chosen
-
-
-def _one_pass(
-    model: nn.Module, layers: dict[str, Layer], batches: Batches, seed: int, done: Collection[str]
-) -> Iterator[dict[str, Tensor]]:
-    left = {n: layer for n, layer in layers.items() if n not in done}
-    if left:
-        found = collect(model, left, {Need.GRAM}, batches=batches, seed=seed).layers
-        yield {name: stats.need(Need.GRAM) for name, stats in found.items()}
+    for part in portions(layers.values(), _bytes, _MEMORY * total_memory()):
+        left = {layer.name: layer for layer in part if layer.name not in done}
+        if left:
+            found = collect(model, left, {Need.GRAM}, batches=batches, seed=seed).layers
+            yield {name: stats.need(Need.GRAM) for name, stats in found.items()}
 
 
 def _bytes(layer: Layer) -> float:

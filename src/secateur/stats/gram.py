@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from secateur.data.batches import Batch
 from secateur.errors import LayerError
-from secateur.layers import CONVOLUTIONS, Layer
+from secateur.layers import CONVOLUTIONS, Layer, is_conv1d
 from secateur.memory import total_memory
 from secateur.stats.inputs import attention_features
 from secateur.stats.parallel import active, agree, summed
@@ -212,7 +212,7 @@ def _reader(module: nn.Module, local: str) -> Reader | None:
         return None
     if isinstance(module, CONVOLUTIONS):
         return _convolution
-    linear = isinstance(module, nn.Linear) or (type(module).__name__ == "Conv1D" and hasattr(module, "nf"))
+    linear = isinstance(module, nn.Linear) or is_conv1d(module)
     return _first if linear else None
 
 

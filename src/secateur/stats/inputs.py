@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import LayerError
-from secateur.layers import CONVOLUTIONS, TRANSPOSED, Layer
+from secateur.layers import CONVOLUTIONS, TRANSPOSED, Layer, is_conv1d
 from secateur.stats.parallel import summed
 from secateur.stats.reads import Reads
 from secateur.stats.swap import swapped
@@ -63,30 +63,26 @@ def _reader(module: nn.Module, local: str) -> Reader | None:
     if isinstance(module, nn.MultiheadAttention):
         return _ATTENTION.get(local)
     if isinstance(module, nn.RNNBase):
-        return _recurrent_input if local in ("weight_ih_l0", "weight_ih_l0_reverse") else None
+        return _first if local in ("weight_ih_l0", "weight_ih_l0_reverse") else None
     if isinstance(module, nn.RNNCellBase):
-        return {"weight_ih": _recurrent_input, "weight_hh": _cell_state}.get(local)
+        return {"weight_ih": _first, "weight_hh": _cell_state}.get(local)
     if local != "weight":
         return None
     if isinstance(module, nn.Linear):
-        return _linear
+        return _first
     if isinstance(module, (*CONVOLUTIONS, *TRANSPOSED)):
         return _convolution
-    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
+    if is_conv1d(module):
         return _conv1d
     return None
 
 
-def _linear(call: Call) -> Tensor:
+def _first(call: Call) -> Tensor:
     return call.squares(call.first())[None, :]
 
 
 def _conv1d(call: Call) -> Tensor:
     return call.squares(call.first())[:, None]
-
-
-def _recurrent_input(call: Call) -> Tensor:
-    return call.squares(call.first())[None, :]
 
 
 def _cell_state(call: Call) -> Tensor | None:

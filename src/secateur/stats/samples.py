@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from secateur.data.batches import Batch, Batches, Loss, size_of
 from secateur.layers import Layer
+from secateur.memory import portions
 from secateur.stats.gradients import gradients, scalar
 
 ROWS = 1024  #: kept apart at most
@@ -64,19 +65,9 @@ def group_size(layers: Sequence[Layer], sizes: Sequence[int]) -> int:
 def layers_in_turn(layers: Mapping[str, Layer], batches: Batches, done: Collection[str] = ()) -> Iterator[dict[str, Layer]]:
     """The layers that are not `done`, as many at a time as `BYTES` hold the rows of, and at least one."""
     rows = min(ROWS, sum(size_of(batch) for batch in batches))
-    chosen: dict[str, Layer] = {}
-    used = 0
-    for name, layer in layers.items():
-        needed = 4 * rows * layer.parameter.numel()
-        if name in done:
-            continue
-        if chosen and used + needed > BYTES:
-            yield chosen
-            chosen, used = {}, 0
-        chosen[name] = layer
-        used += needed
-    if chosen:
-        yield chosen
+    left = [layer for name, layer in layers.items() if name not in done]
+    for part in portions(left, lambda layer: 4 * rows * layer.parameter.numel(), BYTES):
+        yield {layer.name: layer for layer in part}
 
 
 def _rows(sizes: Sequence[int], group: int) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import shutil
 import time
@@ -17,8 +16,8 @@ from torch import Tensor
 
 from secateur.data.batches import Batch, Batches
 from secateur.data.load import load_data
-from secateur.errors import ArtifactError, ModelError, RecipeError
-from secateur.export.atomic import replacing, write_synced
+from secateur.errors import ModelError, RecipeError
+from secateur.export.atomic import check_replaceable, replacing, write_synced
 from secateur.layers import Layer, check_finite, find_layers
 from secateur.measure.cache import fingerprint
 from secateur.models.huggingface import skeleton
@@ -27,14 +26,15 @@ from secateur.progress import advance
 from secateur.recipe import Recipe
 from secateur.registry import name_of
 from secateur.report.build import environment
+from secateur.resume import beside
 from secateur.selection import Method, Scores, resolve, solve_layer, target_sparsity
 from secateur.stats.blocks import find_blocks, grams_in_turn, within
+from secateur.stats.collect import layer_seed
 from secateur.stream.checkpoint import Checkpoint
 from secateur.stream.hollow import Hollow, without_memory
 from secateur.stream.store import Store
 from secateur.types import LayerReport, LayerStats, Measurement, Need, Report
 
-log = logging.getLogger("secateur")
 _GIVEN = {Need.WEIGHT, Need.INPUT_NORM, Need.GRAM}
 _OURS = {"recipe.toml", "report.json"}
 
@@ -74,13 +74,13 @@ def prune_checkpoint(
     wanted = Recipe.make(recipe, **changes)
     method, sparsity = _method(wanted)
     target = Path(out).absolute()
-    _check_target(target, overwrite)
+    check_replaceable(target, overwrite=overwrite, foreign=_foreign)
     checkpoint = Checkpoint(directory)
     with without_memory():
         loaded = skeleton(Path(directory))
     batches = _batches(data, loaded, method)
     key = fingerprint(wanted.to_toml(), checkpoint.identity())
-    store = Store(target.with_name(f".{target.name}.progress"), key, checkpoint)
+    store = Store(beside(target), key, checkpoint)
     hollow = Hollow(loaded.model, checkpoint, store.read)
     work = _Work(wanted, method, sparsity, hollow, store, batches, target.parent)
     work.run()
@@ -156,7 +156,7 @@ class _Work:
         for name, gram in part.items():
             layer, stored = self.layers[name], self.hollow.names[name]
             before = int(layer.parameter.count_nonzero())
-            stats = _stats(layer, gram)
+            stats = _stats(layer, gram, self.recipe.seed)
             units = Scores({name: layer}, {name: stats}, self.method)[name]
             keep = self.method.allocation({name: units}, self.sparsity)[name]
             mask, error, said = solve_layer(layer, stats, units, keep, self.method)
@@ -171,9 +171,10 @@ class _Work:
         self.store.add(tensors, facts, notes)
 
 
-def _stats(layer: Layer, gram: Tensor | None) -> LayerStats:
+def _stats(layer: Layer, gram: Tensor | None, seed: int) -> LayerStats:
     """What is known of a layer: the input norms are the roots of the Gram matrix's diagonal."""
-    stats = LayerStats(layer.name, layer.canonical(layer.parameter.detach()).float(), gram=gram)
+    weight = layer.canonical(layer.parameter.detach()).float()
+    stats = LayerStats(layer.name, weight, gram=gram, groups=layer.groups, seed=layer_seed(seed, layer.name))
     if gram is None:
         return stats
     norms = gram.diagonal(dim1=1, dim2=2).clamp_min(0).sqrt()
@@ -220,14 +221,6 @@ def _batches(data: Iterable[Batch] | str | None, loaded: Any, method: Method) ->
 def _foreign(folder: Path) -> str | None:
     missing = _OURS - set(os.listdir(folder))
     return f"it has no {min(missing)}, so no streamed run wrote it" if missing else None
-
-
-def _check_target(target: Path, overwrite: bool) -> None:
-    if target.exists() and any(target.iterdir()):
-        if not overwrite:
-            raise ArtifactError(f"{target} exists and is not empty. Choose another directory, or pass overwrite=True.")
-        if reason := _foreign(target):
-            raise ArtifactError(f"{target} will not be overwritten: {reason}")
 
 
 def _report(work: _Work, checkpoint: Checkpoint, seconds: float) -> Report:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from secateur.errors import ArtifactError
 from secateur.export import container
 from secateur.export.atomic import write_synced
 from secateur.export.container import Container, Part
+from secateur.resume import claim, give_up
 from secateur.stream.checkpoint import Checkpoint
 
 log = logging.getLogger("secateur")
@@ -32,7 +33,7 @@ class Store:
         self._written: dict[str, Path] = {}
         self.nonzeros: dict[str, int] = {}  #: of each written shard
         with _explained(folder):
-            self._claim(key)
+            claim(folder, key)
             self._resume()
 
     @property
@@ -49,7 +50,7 @@ class Store:
         return self._checkpoint.read(name)
 
     def add(self, tensors: Mapping[str, Tensor], facts: Mapping[str, dict[str, Any]], notes: Iterable[str]) -> None:
-        """Keep some solved tensors, then write the shards that are complete by that. `pending` says which are not."""
+        """Keep some solved tensors, and what is known of them."""
         number = len(list(self._folder.glob("*.json")))
         path = self._folder / f"{number}.safetensors"
         with _explained(self._folder):
@@ -81,18 +82,8 @@ class Store:
             self._finished(shard, nonzeros)
 
     def clear(self) -> None:
-        """The run is finished: remove its state, first of all what says whose it is, so that a kill leaves nobody's."""
-        (self._folder / "run").unlink(missing_ok=True)
-        shutil.rmtree(self._folder, ignore_errors=True)
-
-    def _claim(self, key: str) -> None:
-        file = self._folder / "run"
-        if self._folder.exists() and not (file.exists() and file.read_text() == key):
-            log.warning("%s is of another checkpoint or recipe: starting anew", self._folder)
-            self.clear()
-        self._folder.mkdir(parents=True, exist_ok=True)
-        if not file.exists():
-            _put(file, key.encode())
+        """The run is finished: remove its state."""
+        give_up(self._folder)
 
     def _resume(self) -> None:
         for number in range(len(list(self._folder.glob("*.json")))):
@@ -124,32 +115,31 @@ def _part(name: str, tensor: Tensor) -> Part:
 
 
 def _write(path: Path, parts: list[Part]) -> None:
-    """A safetensors file, there whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.unlink(missing_ok=True)
-    container.write(temporary, parts, metadata={"format": "pt"})
-    os.replace(temporary, path)
+    with _whole(path) as temporary:
+        container.write(temporary, parts, metadata={"format": "pt"})
 
 
 def _put(path: Path, data: bytes) -> None:
+    with _whole(path) as temporary:
+        write_synced(temporary, data)
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    """Where to write a file that is to be at `path` whole or not at all."""
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.unlink(missing_ok=True)
-    write_synced(temporary, data)
+    yield temporary
     os.replace(temporary, path)
 
 
-class _explained:
+@contextmanager
+def _explained(folder: Path) -> Iterator[None]:
     """Turns a disk that is full, or cannot be written, into one sentence."""
-
-    def __init__(self, folder: Path):
-        self._folder = folder
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, OSError):
-            raise ArtifactError(
-                f"cannot write {self._folder}: {error.strerror or error}. What is there stays. Free space and run again: it "
-                "goes on from there."
-            ) from error
+    try:
+        yield
+    except OSError as error:
+        raise ArtifactError(
+            f"cannot write {folder}: {error.strerror or error}. What is there stays. Free space and run again: it goes on from "
+            "there."
+        ) from error
