@@ -10,8 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from secateur.data.batches import (
-    Batch, Batches, arguments_of, first_batches, forward, output_tensor, samples_of, token_mask, token_mean,
-)  # fmt: skip
+    Batch,
+    Batches,
+    arguments_of,
+    first_batches,
+    forward,
+    output_tensor,
+    samples_of,
+    token_mask,
+    token_mean,
+)
 from secateur.dynamic.dial import Dial
 from secateur.dynamic.gate import Gate, recording
 from secateur.dynamic.registry import DYNAMIC
