@@ -74,9 +74,9 @@ class Group:
 class Graph:
     """What `trace` found: groups of units, and the equations that sizes must obey."""
 
-    def __init__(self, model: nn.Module, recording: Recording):
+    def __init__(self, model: nn.Module, recording: Recording, *, cut_outputs: bool = False):
         self.recording = recording
-        coupler = Coupler(recording)
+        coupler = Coupler(recording, cut_outputs=cut_outputs)
         coupler.run()
         self.coupler = coupler
         self.unknown = {op: tuple(sorted(modules)) for op, modules in coupler.unknown.items()}
@@ -465,11 +465,11 @@ def distinct(values: _Integers) -> _Integers:
     return ordered[np.concatenate([[True], ordered[1:] != ordered[:-1]])] if len(ordered) else ordered
 
 
-def trace(model: nn.Module, example: Any) -> Graph:
+def trace(model: nn.Module, example: Any, *, cut_outputs: bool = False) -> Graph:
     """Record one forward of `model` on `example` without computing it, and find what can be cut together.
 
-    `example` is a tensor, a tuple of positional arguments or a mapping of keyword arguments. Raises ModelError where the
-    forward fails.
+    `example` is a tensor, a tuple of positional arguments or a mapping of keyword arguments. With `cut_outputs` what the model
+    returns may become narrower; otherwise it is never cut. Raises ModelError where the forward fails.
 
     >>> import torch
     >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -477,7 +477,7 @@ def trace(model: nn.Module, example: Any) -> Graph:
     [Group(0, neuron, 8 units of 0.weight:0, 0.bias:0, 2.weight:1)]
     """
     with _no_collection():
-        return Graph(model, record(model, example))
+        return Graph(model, record(model, example), cut_outputs=cut_outputs)
 
 
 @contextlib.contextmanager
