@@ -198,8 +198,8 @@ def large() -> dict[str, float]:
     return {"seconds": seconds, "gib": _status("VmHWM") / 2**30, "left": sum(p.numel() for p in smaller.parameters())}
 
 
-def _too_long(*_: Any) -> None:
-    raise TimeoutError("not done in the time given")
+def _too_long(patience: float, *_: Any) -> None:
+    raise TimeoutError(f"not done in {patience:g} s")
 
 
 def verdict(rows: dict[str, Any]) -> str:
@@ -246,7 +246,7 @@ def main() -> None:
     if options.large:
         print(json.dumps(large()))
         return
-    signal.signal(signal.SIGALRM, _too_long)
+    signal.signal(signal.SIGALRM, functools.partial(_too_long, options.patience))
     logging.disable(logging.WARNING)
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
