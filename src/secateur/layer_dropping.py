@@ -5,15 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from secateur.budgets.amount import parse_budget
+from secateur.budgets.blocks import BlockCost, BlockProblem, cheapest, fit_blocks, fit_blocks_latency
+from secateur.budgets.latency import Stopwatch
 from secateur.criteria import CRITERIA, UNIT_CRITERIA
 from secateur.data.batches import Batch, Batches, Loss, arguments_of, default_loss, device_of, size_of, to_device
 from secateur.errors import LayerError, NonFiniteError, RecipeError, UnknownName
 from secateur.graph import Graph, Residual, block_importance, bypassing, plan_without, removable_blocks
 from secateur.layers import Layer, find_layers, matches
+from secateur.measure.sensitivity import worth_of_wholes
 from secateur.patterns import reduce
 from secateur.progress import track
 from secateur.recipe import Recipe
@@ -22,23 +27,53 @@ from secateur.select import removed_count, top
 from secateur.stats import collect
 from secateur.stats.gradients import scalar
 from secateur.stats.guard import ordinary, untouched
-from secateur.types import LayerPlan, Plan, UnitNeed, UnitStats
+from secateur.types import LayerPlan, Plan, Sensitivity, UnitNeed, UnitStats
 from secateur.unit_scoring import criterion_entry, reduction_of
 
 
 def plan_blocks(
-    model: nn.Module, graph: Graph, recipe: Recipe, *, batches: Batches | None, loss: Loss | None, example: Batch
+    model: nn.Module,
+    graph: Graph,
+    recipe: Recipe,
+    *,
+    batches: Batches | None,
+    loss: Loss | None,
+    example: Batch,
+    curves: Sequence[Sensitivity] = (),
 ) -> tuple[Plan, tuple[str, ...]]:
     """The plan that takes the recipe's fraction of the blocks out, those that it forces among them, and notes for the report.
 
     Counted are the removable blocks that `layers` and `ignore` leave open: of these the nearest whole number goes, halves up,
-    in `steps` rounds. After each, what is left is scored anew with the chosen ones bypassed. Without a sparsity the forced
-    blocks alone go. Touches nothing. Raises LayerError where there is no such block, where all of them would go, and where the
-    sparsity is too small to take one; UnknownName for a name that matches none; RecipeError where more are forced than go.
+    in `steps` rounds. After each, what is left is scored anew with the chosen ones bypassed. Of a budget those go that
+    together are worth least and whose absence keeps it. Without a sparsity or a budget the forced blocks alone go. `curves`
+    of a scan, if there are any, say what a block is worth instead of the criterion. Touches nothing.
+
+    Raises LayerError where there is no such block, where all of them would go, and where the sparsity is too small to take one;
+    UnknownName for a name that matches none; RecipeError where more are forced than go, or a block has no curve; BudgetError.
     """
-    blocks = _open(removable_blocks(model, graph), recipe)
+    every = removable_blocks(model, graph)
+    blocks = open_blocks(every, recipe)
     names = [b.name for b in blocks]
     forced = [n for n in names if any(matches(p, n) for p in recipe.force)]
+    rounds = _Rounds(model, blocks, recipe, batches, loss, example, curves)
+    budget = None
+    if recipe.budget is None:
+        gone = rounds.lowest(forced, _how_many(names, forced, recipe))
+    else:
+        amount = parse_budget(recipe.budget)
+        most = len(names) - (len(names) == len(every))  # of all the model's blocks one stays
+        problem = BlockProblem(model, graph, names, partial(rounds.within, forced, most), one_stays=most < len(names))
+        if amount.unit == "ms":
+            gone, budget = fit_blocks_latency(problem, amount, Stopwatch(model, example))
+        else:
+            gone, budget = fit_blocks(problem, amount)
+    plan = plan_without(graph, model, [n for n in names if n in gone])
+    notes = (*rounds.notes, f"these blocks are taken out: {', '.join(plan.dropped) or 'none'}")
+    return replace(plan, layers=_layers(model, plan.dropped), budget=budget), notes
+
+
+def _how_many(names: Sequence[str], forced: Sequence[str], recipe: Recipe) -> int:
+    """How many blocks the sparsity takes, or as many as are forced where there is none."""
     count = len(forced) if recipe.sparsity is None else removed_count(len(names), recipe.sparsity)
     if len(forced) > count:
         raise RecipeError(
@@ -49,21 +84,81 @@ def plan_blocks(
         raise LayerError(
             f"of {len(names)} blocks sparsity={recipe.sparsity} takes none. The least that takes one is {0.5 / len(names):.3f}."
         )
-    gone, notes = list(forced), list[str]()
-    for step in range(1, recipe.steps + 1):
-        left = [b for b in blocks if b.name not in gone]
-        wanted = len(forced) + removed_count(count - len(forced), step / recipe.steps) - len(gone)
-        if wanted:
-            scores, said = _scores(model, left, gone, recipe, batches=batches, loss=loss, example=example)
-            stays = top(scores[None], torch.tensor([len(left) - wanted]))[0]
-            gone += [b.name for b, stay in zip(left, stays.tolist(), strict=True) if not stay]
-            notes += [n for n in said if n not in notes]
-    plan = plan_without(graph, model, [n for n in names if n in gone])
-    notes.append(f"these blocks are taken out: {', '.join(plan.dropped)}")
-    return replace(plan, layers=_layers(model, plan.dropped)), tuple(notes)
+    return count
 
 
-def _open(blocks: Sequence[Residual], recipe: Recipe) -> list[Residual]:
+class _Rounds:
+    """Chooses blocks in the recipe's number of steps; after each, what is left is scored anew with the chosen ones bypassed."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: Sequence[Residual],
+        recipe: Recipe,
+        batches: Batches | None,
+        loss: Loss | None,
+        example: Batch,
+        curves: Sequence[Sensitivity],
+    ):
+        self._blocks, self._steps = blocks, recipe.steps
+        self._scores = partial(_scores, model, recipe=recipe, batches=batches, loss=loss, example=example)
+        self._worth = worth_of_wholes(curves)
+        if curves and (missing := [b.name for b in blocks if b.name not in self._worth]):
+            raise RecipeError(
+                f"there is no sensitivity curve of {missing[0]!r} ({len(missing)} of {len(blocks)} blocks have none): scan "
+                "with the same pattern, layers and ignore."
+            )
+        self._known: dict[tuple[str, ...], Tensor] = {}
+        self.notes: list[str] = []
+
+    def lowest(self, forced: Sequence[str], count: int) -> list[str]:
+        """`count` blocks, the forced ones among them."""
+        gone = list(forced)
+        for step in range(1, self._steps + 1):
+            wanted = len(forced) + removed_count(count - len(forced), step / self._steps) - len(gone)
+            if wanted:
+                left, scores = self._left(gone)
+                stays = top(scores[None], torch.tensor([len(left) - wanted]))[0]
+                gone += [name for name, stay in zip(left, stays.tolist(), strict=True) if not stay]
+        return gone
+
+    def within(self, forced: Sequence[str], most: int, cost: BlockCost, limit: float) -> list[str] | None:
+        """Blocks that are worth least, `most` of them and the forced ones among them, without which `cost` is within `limit`.
+
+        None where that is not enough.
+        """
+        for steps in dict.fromkeys((self._steps, 1)):  # step by step may end where all at once would not
+            gone: list[str] | None = list(forced)
+            for step in range(1, steps + 1):
+                target = limit if step == steps else cost(forced) - (cost(forced) - limit) * step / steps
+                gone = None if gone is None else self._next(gone, cost, target)
+            if gone is not None and len(gone) <= most:
+                return gone
+        return None
+
+    def _next(self, gone: list[str], cost: BlockCost, limit: float) -> list[str] | None:
+        now = cost(gone)
+        if now <= limit:
+            return gone
+        left, scores = self._left(gone)
+        chosen = cheapest(scores.tolist(), [now - cost([*gone, name]) for name in left], now - limit)
+        return None if chosen is None else [*gone, *(left[i] for i in chosen)]
+
+    def _left(self, gone: Sequence[str]) -> tuple[list[str], Tensor]:
+        """The blocks that are left, and their scores with those `gone` bypassed."""
+        key = tuple(sorted(gone))
+        left = [b for b in self._blocks if b.name not in gone]
+        if key not in self._known:
+            if self._worth:
+                self._known[key] = torch.tensor([self._worth[b.name] for b in left])
+            else:
+                self._known[key], said = self._scores(left, gone)
+                self.notes += [n for n in said if n not in self.notes]
+        return [b.name for b in left], self._known[key]
+
+
+def open_blocks(blocks: Sequence[Residual], recipe: Recipe) -> list[Residual]:
+    """Of `blocks` those that the recipe's `layers` and `ignore` leave open. Raises where that is none, or a name fits none."""
     for pattern in (*(recipe.layers or ()), *recipe.ignore, *recipe.force):
         if not any(matches(pattern, b.name) for b in blocks):
             raise UnknownName("block", pattern, [b.name for b in blocks])

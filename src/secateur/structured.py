@@ -167,7 +167,9 @@ def choose_units(model: nn.Module, job: UnitJob) -> Chosen:
     recipe, units = job.recipe, job.units
     if units.whole_blocks:
         graph = trace(model, job.arguments)
-        plan, notes = plan_blocks(model, graph, recipe, batches=job.batches, loss=job.loss, example=job.example)
+        given: dict[str, Any] = {"batches": job.batches, "loss": job.loss, "example": job.example}
+        curves = job.sensitivity if recipe.allocation == BY_CURVES else ()
+        plan, notes = plan_blocks(model, graph, recipe, **given, curves=curves)
         return Chosen(graph, {}, plan, (*graph.notes, *notes))
     ranked = rank_units(model, job)
     graph, groups, scores = ranked.graph, ranked.groups, ranked.scores
@@ -228,7 +230,8 @@ def _check(recipe: Recipe, units: Units) -> float | None:
         )
     if units.whole_blocks:
         repair = None if recipe.repair == "none" else recipe.repair
-        for key, value in (("allocation", recipe.allocation), ("budget", recipe.budget), ("repair", repair)):
+        allocation = None if recipe.allocation == BY_CURVES else recipe.allocation
+        for key, value in (("allocation", allocation), ("repair", repair)):
             if value is not None:
                 raise RecipeError(
                     f"pattern 'layer' takes whole blocks out: {key}={value!r} has no meaning there. Leave it out."

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import secateur as sc
-from secateur.errors import RecipeError
+from secateur.errors import LayerError, RecipeError
 from secateur.graph import choose_groups, cut, make_plan, select, trace, unit_scores
 from secateur.measure.sensitivity import damages, propose
 from secateur.select import removed_count
@@ -114,7 +114,7 @@ def test_the_allocation_goes_by_the_curves(sparsity):
 
 def test_curves_that_are_missing_are_said():
     model = network()
-    with pytest.raises(RecipeError, match="no fractions to scan"):
+    with pytest.raises(LayerError, match="nothing to take out"):
         sc.scan(model, evaluate=close_to_dense(model), pattern="layer", example=EXAMPLE)
     with pytest.raises(RecipeError, match="pass sensitivity="):
         sc.plan(model, pattern="channel", sparsity=0.5, allocation="sensitivity", example=EXAMPLE)

@@ -114,8 +114,6 @@ def test_ignored_and_forced_blocks(problem):
             sc.plan(model, **{**keys, **changes})
     with pytest.raises(RecipeError, match="'layer'"):
         sc.plan(model, pattern="channel", sparsity=0.5, criterion="block_loss", data=data)
-    with pytest.raises(RecipeError, match="block_loss"):
-        sc.scan(model, pattern="layer", evaluate=lambda m: 1.0, data=data)
     with pytest.raises(LayerError, match="ModuleList"):
         sc.plan(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3)), pattern="layer", sparsity=0.5, example=torch.randn(1, 4))
 

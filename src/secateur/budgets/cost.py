@@ -96,6 +96,12 @@ def macs_terms(graph: Graph, widths: Widths) -> Iterator[Term]:
             yield Term(node.module, tuple(widths.of(v) for v in values), formula)
 
 
+def multiply_adds(node: Node) -> float:
+    """Multiply-adds of one recorded operation."""
+    values = values_of(node)
+    return _Products(node, values)([v.shape for v in values])
+
+
 def values_of(node: Node) -> list[Value]:
     """Every tensor that an operation was given or gave, once."""
     found = pytree.tree_leaves((node.args, node.kwargs, node.outputs))

@@ -20,7 +20,7 @@ from secateur.budgets.table import latency_table
 from secateur.data.batches import Batch, device_of
 from secateur.errors import BudgetError
 from secateur.graph import cut, lowest, make_plan
-from secateur.measure.latency import compare_latency
+from secateur.measure.latency import compare_latency, module_shares
 from secateur.progress import advance
 from secateur.types import Budget, Latency
 
@@ -66,6 +66,11 @@ class Stopwatch:
         if self._device.type != "cpu":
             torch.accelerator.synchronize(self._device)
         return time.perf_counter() - start
+
+    def inside(self, names: Sequence[str]) -> dict[str, float]:
+        """Milliseconds that each of these modules takes in a run of the dense model."""
+        shares = module_shares(self._dense, self._example, names, seconds=_SECONDS)
+        return {name: share * self.model(self._dense).median_ms for name, share in shares.items()}
 
     def model(self, model: nn.Module) -> Latency:
         """Median and quartiles, on the example and with the threads in force."""

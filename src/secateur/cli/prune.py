@@ -119,13 +119,13 @@ def needs_scan(recipe: Recipe) -> bool:
 def sensitivity(inputs: Inputs, recipe: Recipe) -> Any:
     """How much each layer bears of the recipe's criterion and pattern, for the report."""
     import secateur as sc
-    from secateur.registry import name_of
+    from secateur.cli.recipes import scanned
 
     if inputs.evaluate is None:
         raise DataError("--scan measures quality: give --test (batches with labels) or --evaluate (your own measure)")
     return sc.scan(
         inputs.loaded.model, evaluate=inputs.evaluate, data=inputs.data, criterion=recipe.criterion, pattern=recipe.pattern,
-        sparsities=SCANNED if ":" not in name_of(recipe.pattern) else None, reduction=recipe.reduction, layers=recipe.layers,
+        sparsities=scanned(recipe.pattern, SCANNED), reduction=recipe.reduction, layers=recipe.layers,
         ignore=recipe.ignore, example=inputs.example, seed=recipe.seed, cache=SCAN_CACHE,
     )  # fmt: skip
 

@@ -55,6 +55,13 @@ def piece(value: Any) -> Any:
     return {"name": name, **parse_options(options, value, RecipeError)}
 
 
+def scanned(pattern: Any, usual: tuple[float, ...]) -> tuple[float, ...] | None:
+    """The sparsities of a scan that names none: the usual ones, or None where the pattern fixes its own (2:4, layer)."""
+    from secateur.patterns import make_pattern
+
+    return usual if make_pattern(pattern).sparsity is None else None
+
+
 def listed(text: str | None) -> list[str]:
     """``"a,b"`` -> ``["a", "b"]``; nothing for None."""
     return [part.strip() for part in text.split(",") if part.strip()] if text else []

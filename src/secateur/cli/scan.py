@@ -20,8 +20,14 @@ def command(
     test: o.Test = None,
     evaluate: o.Evaluate = None,
     sparsity: Annotated[
-        str, typer.Option("--sparsity", "-s", help="Sparsities to try on each layer.", rich_help_panel=o.METHOD)
-    ] = ",".join(map(str, SPARSITIES)),
+        str | None,
+        typer.Option(
+            "--sparsity",
+            "-s",
+            help="Sparsities to try on each layer; by default 0.3,0.5,0.7,0.9, or what the pattern fixes (2:4, layer).",
+            rich_help_panel=o.METHOD,
+        ),
+    ] = None,
     criterion: o.OneCriterion = None,
     pattern: o.Pattern = None,
     reduction: o.Reduction = None,
@@ -54,16 +60,17 @@ def command(
 ) -> None:
     """Prune one layer at a time and measure: the layers that bear much and those that bear little, and a ratio for each.
 
-    With a pattern of units (channel, head, ...) groups of coupled units are cut out one at a time; 'secateur prune --allocation
-    sensitivity' goes by the same curves.
+    With a pattern of units (channel, head, ...) groups of coupled units are cut out one at a time, with pattern layer whole
+    blocks; 'secateur prune --allocation sensitivity' goes by the same curves.
 
     Example: secateur scan examples/mlpnet_mnist.py:model --test 'npz:mnist.npz?split=test'
     """
     import secateur as sc
-    from secateur.cli.recipes import numbers
+    from secateur.cli.recipes import numbers, piece, scanned
     from secateur.cli.sources import load_inputs
     from secateur.errors import DataError
 
+    pruned = piece(pattern or "element")
     with progress_bars(json):
         inputs = load_inputs(
             model, data=data, test=test, evaluate=evaluate, batch_size=batch_size, limit=limit, threads=threads
@@ -71,8 +78,9 @@ def command(
         if inputs.evaluate is None:
             raise DataError("a scan measures quality: give --test (batches with labels) or --evaluate (your own measure)")
         curves = sc.scan(
-            inputs.loaded.model, evaluate=inputs.evaluate, data=inputs.data, sparsities=tuple(numbers(sparsity, "--sparsity")),
-            criterion=criterion or "magnitude", pattern=pattern or "element", reduction=reduction, layers=layers,
+            inputs.loaded.model, evaluate=inputs.evaluate, data=inputs.data,
+            sparsities=numbers(sparsity, "--sparsity") or scanned(pruned, SPARSITIES),
+            criterion=criterion or "magnitude", pattern=pruned, reduction=reduction, layers=layers,
             ignore=tuple(ignore or ()), example=inputs.example, seed=seed or 0, cache=cache,
         )  # fmt: skip
     if json:

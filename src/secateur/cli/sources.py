@@ -20,11 +20,16 @@ class Inputs:
     data: Any = None
     train: Any = None
     evaluate: Callable[[nn.Module], Any] | None = None
+    test: Any = None  #: the batches that `evaluate` goes through, where they were named
 
     @property
     def example(self) -> Any:
-        """A batch to run the model on: the first of the data, or what the model's source offers."""
-        return next(iter(self.data)) if self.data is not None else self.loaded.example
+        """A batch to run the model on: the first of the data, what the model's source offers, or the first to test on."""
+        if self.data is not None:
+            return next(iter(self.data))
+        if self.loaded.example is None and self.test is not None:
+            return next(iter(self.test))
+        return self.loaded.example
 
 
 def load_inputs(
@@ -51,9 +56,10 @@ def load_inputs(
     def batches(source: str | None, at_most: int | None = None) -> Any:
         return None if source is None else load_data(source, batch_size=batch_size, loaded=loaded, limit=at_most)
 
+    tests = batches(test)
     measure = None
     if evaluate is not None:
         measure = load_evaluator(evaluate)
     elif test is not None:
-        measure = default_evaluator(loaded, batches(test))
-    return Inputs(loaded, batches(data, limit), batches(train), measure)
+        measure = default_evaluator(loaded, tests)
+    return Inputs(loaded, batches(data, limit), batches(train), measure, tests)

@@ -32,7 +32,7 @@ def spread(blocks: int, places: int) -> list[int]:
     [2, 5, 8]
     """
     found = {max(1, round(blocks * (i + 1) / (places + 1))) - 1 for i in range(places)}
-    return sorted(found - {blocks - 1})
+    return sorted(place for place in found if place < blocks - 1)
 
 
 def recorded(model: nn.Module, names: Sequence[str], data: Batches) -> list[Call]:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 
 import torch
@@ -87,6 +88,47 @@ def compare_latency(
     }
 
 
+def module_shares(
+    model: nn.Module, example: Batch, names: Sequence[str], *, seconds: float = 1.0, runs: int | None = None
+) -> dict[str, float]:
+    """What share of the time of a forward pass is spent in each of the named modules: medians, by name.
+
+    Conditions are those of `latency`. Accelerators are synchronised around each module, so shares are those of a run that
+    waits there.
+    """
+    _check_counts(runs, None, seconds, None)
+    spent: dict[str, float] = {}
+    began: dict[str, float] = {}
+    with ExitStack() as stack:
+        stack.enter_context(evaluating(model))
+        timer = _Timer(model, example)
+
+        def begin(_: nn.Module, __: object, name: str) -> None:
+            timer.wait()
+            began[name] = time.perf_counter()
+
+        def end(_: nn.Module, __: object, ___: object, name: str) -> None:
+            timer.wait()
+            spent[name] = spent.get(name, 0.0) + time.perf_counter() - began[name]
+
+        for name in names:
+            module = model.get_submodule(name)
+            stack.callback(module.register_forward_pre_hook(partial(begin, name=name)).remove)
+            stack.callback(module.register_forward_hook(partial(end, name=name)).remove)
+        with torch.no_grad():
+            _warm_up([timer], None, seconds)
+        shares: dict[str, list[float]] = {name: [] for name in names}
+        start, done = time.perf_counter(), 0
+        with torch.inference_mode():
+            while done < runs if runs is not None else _goes_on(done, time.perf_counter() - start, seconds):
+                spent.clear()
+                whole = max(timer(), 1e-9)
+                for name in names:
+                    shares[name].append(spent.get(name, 0.0) / whole)
+                done += 1
+    return {name: statistics.median(found) for name, found in shares.items()}
+
+
 class _Timer:
     """Calls one model on the example and tells the seconds it took."""
 
@@ -105,13 +147,14 @@ class _Timer:
     def __call__(self) -> float:
         if self._evict is not None:
             self._evict.sum()
-        self._wait()
+        self.wait()
         start = self._clock()
         self._model(*self._args, **self._kwargs)
-        self._wait()
+        self.wait()
         return self._clock() - start
 
-    def _wait(self) -> None:
+    def wait(self) -> None:
+        """Until an accelerator has done what it was given."""
         if self._device.type != "cpu":
             torch.accelerator.synchronize(self._device)
 

@@ -50,7 +50,8 @@ def scan(
     """Prune one layer after the other to each sparsity, evaluate, and put the weights back.
 
     Of patterns that cut units (channel, head, ...) it is one group of coupled units after the other, cut out of a copy; a
-    group has the name of the first tensor it cuts. `sc.prune` takes the curves as ``sensitivity=``, and with
+    group has the name of the first tensor it cuts. Of pattern ``layer`` it is one block after the other, which goes as a whole:
+    what the model loses without it. `sc.prune` takes the curves as ``sensitivity=``, and with
     ``allocation="sensitivity"`` every layer loses as much as makes the same damage by them.
 
     Args:
@@ -82,7 +83,7 @@ def scan(
     if isinstance(made, Units):
         from secateur.measure.scan_units import units_to_scan  # which stands on budgets, and they on measures
 
-        wanted = _sparsities(sparsities, None)
+        wanted = _sparsities(sparsities, None) if made.sparsity is None else _whole(sparsities, made)
         subjects = units_to_scan(model, made, batches=batches, loss=loss, example=example, **keys)
         settings = {"criterion": criterion, "pattern": repr(made), "reduction": reduction, "seed": seed}
     else:
@@ -234,6 +235,14 @@ def _sparsities(asked: Sequence[float] | None, pattern: Pattern | None) -> list[
     if not values:
         raise RecipeError("sparsities holds none above 0: give the fractions to try, such as sparsities=(0.5, 0.9)")
     return values
+
+
+def _whole(asked: Sequence[float] | None, units: Units) -> list[float]:
+    """All of it, the only thing that can go of a unit which fixes its own sparsity."""
+    if asked is not None:
+        raise RecipeError(f"pattern {units.name!r} takes out all of a block or nothing: leave sparsities out")
+    assert units.sparsity is not None
+    return [units.sparsity]
 
 
 def _layers_to_scan(

@@ -25,12 +25,12 @@ class Damage:
         return low + (high - low) * (sparsity - a) / (b - a)
 
     def bears(self, lost: float) -> float:
-        """The largest measured or interpolated sparsity at which no more than `lost` is lost."""
+        """The largest measured or interpolated sparsity at which no more than `lost` is lost. A block goes or stays."""
         found = 0.0
         for (a, low), (b, high) in itertools.pairwise(zip(self.sparsity, self.lost, strict=True)):
             if high <= lost:
                 found = b
-            elif low <= lost:
+            elif low <= lost and b < 1:
                 return a + (b - a) * (lost - low) / (high - low)
         return found
 
@@ -44,13 +44,23 @@ def damages(curves: Sequence[Sensitivity]) -> dict[str, Damage]:
     >>> damages([Sensitivity("a", (0.0, 0.5), (0.9, 0.7))])["a"].at(0.25)
     0.10000000000000003
     """
-    rise = sum(q - curve.quality[0] for curve in curves for q in curve.quality)
-    sign = 1 if rise > 0 else -1
+    sign = _direction(curves)
     found = {}
     for curve in curves:
         lost = [max(sign * (q - curve.quality[0]), 0.0) for q in curve.quality]
         found[curve.layer] = Damage(curve.sparsity, tuple(itertools.accumulate(lost, max)))
     return found
+
+
+def worth_of_wholes(curves: Sequence[Sensitivity]) -> dict[str, float]:
+    """The quality lost without each of the blocks that curves are about, by name; less than 0 where it is better without."""
+    sign = _direction(curves)
+    return {c.layer: sign * (c.quality[-1] - c.quality[0]) for c in curves}
+
+
+def _direction(curves: Sequence[Sensitivity]) -> int:
+    """1 where the curves are losses, -1 where more is better."""
+    return 1 if sum(q - curve.quality[0] for curve in curves for q in curve.quality) > 0 else -1
 
 
 def propose(curves: Sequence[Sensitivity], *, loss: float = 0.01) -> Mapping[str, float]:

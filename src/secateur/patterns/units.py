@@ -36,6 +36,11 @@ class Units:
         """Whether the units are whole blocks, which are taken out and not cut."""
         return self.kinds == ("layer",)
 
+    @property
+    def sparsity(self) -> float | None:
+        """What is removed of a single one: all of a block, which goes or stays. Of other units it is free: None."""
+        return 1.0 if self.whole_blocks else None
+
     def __post_init__(self) -> None:
         for what, value in (("round_to", self.round_to), ("min_width", self.min_width)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
