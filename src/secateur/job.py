@@ -18,8 +18,8 @@ from secateur.selection import Method, Scores, prunable, resolve, target_sparsit
 from secateur.solvers import error_curve
 from secateur.stats import Calibration, collect
 from secateur.stats.blocks import grams_in_turn
-from secateur.stats.samples import layers_in_turn
 from secateur.stats.reads import Reads, find_reads, is_multimodal
+from secateur.stats.samples import layers_in_turn
 from secateur.types import LayerStats, Need, Pattern, Schedule
 from secateur.vision_language.groups import find_groups, within
 
