@@ -68,7 +68,7 @@ NOTES = {
     "the gated layers; the sentences of STS-B are short, about a dozen tokens, which leaves little to drop. Times are of "
     "single sentences of SST-2.",
     "vit": "What the model is for: a map of how much each pixel matters, made of all its patches. Quality is the correlation of "
-    "a map with the dense network's, times 100, the mean over 96 images of odd ImageNet class; calibrated on images of even "
+    "a map with the dense network's, times 100, the mean over 64 images of odd ImageNet class; calibrated on images of even "
     "class (16 for tokens, 48 for layers), nothing trained. Tokens that left come back at the end as they were, and the "
     "decoder reads them.",
     "vit_token": "The same networks judged by what a classifier or a search would read: the cosine of the first token behind "

@@ -24,7 +24,7 @@ BUDGETS = (0.9, 0.8, 0.7, 0.6)
 TIMED = (0.9, 0.8, 0.6)
 MINILM: Mapping[str, dict[str, Any]] = {"tokens": {"score": "mean"}, "skip": {"samples": 256}}
 VIT: Mapping[str, dict[str, Any]] = {"tokens": {"score": "cls", "samples": 16}, "skip": {"samples": 48}}
-JUDGED = 96  # images of odd class; those of even class calibrate
+JUDGED = 64  # images of odd class; those of even class calibrate
 Quality = Callable[[nn.Module], dict[str, float]]
 
 
