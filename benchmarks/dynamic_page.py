@@ -67,7 +67,7 @@ NOTES = {
     "trained. Token pruning ranks by the mean attention received, since token vectors are averaged. Budgets are shares of "
     "the gated layers; the sentences of STS-B are short, about a dozen tokens, which leaves little to drop. Times are of "
     "single sentences of SST-2.",
-    "vit": "What the model is for: a map of how much each pixel matters, made of all its patches. Quality is the correlation of "
+    "vit": "What the model is for: a map of how much each pixel matters, made of all patches. Quality is the correlation of "
     "a map with the dense network's, times 100, the mean over 64 images of odd ImageNet class; calibrated on images of even "
     "class (16 for tokens, 48 for layers), nothing trained. Tokens that left come back at the end as they were, and the "
     "decoder reads them.",
