@@ -42,9 +42,10 @@ def recorded(model: nn.Module, names: Sequence[str], data: Batches) -> list[Call
     """
     blocks = [model.get_submodule(name) for name in names]
     with phase(model, 0):
-        if reason := Trial(model, blocks, data, nullcontext).reason:
-            raise ModelError(f"{names[0]} to {names[-1]} cannot be calibrated one by one: {reason}")
-        return record(model, blocks[0], data, Spill())
+        trial = Trial(model, blocks, data, nullcontext)
+        if trial.reason:
+            raise ModelError(f"{names[0]} to {names[-1]} cannot be calibrated one by one: {trial.reason}")
+        return record(model, blocks[0], data, Spill(), trial.own)
 
 
 def run_all(

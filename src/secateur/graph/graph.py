@@ -7,7 +7,7 @@ import gc
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,9 @@ from secateur.graph.sizes import COMPARISONS
 from secateur.graph.trace import Recording, Value, record
 from secateur.types import Rewrite
 
+_Integers = TypeVar("_Integers", NDArray[np.int32], NDArray[np.int64])
+#: What there is one of for every pair of a leaf and an index: half the memory is enough.
+Indices = NDArray[np.int32]
 _DIGITS = re.compile(r"\d+")
 KINDS = ("channel", "neuron", "head", "head_dim", "width")
 
@@ -71,17 +74,18 @@ class Group:
 class Graph:
     """What `trace` found: groups of units, and the equations that sizes must obey."""
 
-    def __init__(self, model: nn.Module, recording: Recording):
+    def __init__(self, model: nn.Module, recording: Recording, *, cut_outputs: bool = False):
         self.recording = recording
-        coupler = Coupler(recording)
+        coupler = Coupler(recording, cut_outputs=cut_outputs)
         coupler.run()
         self.coupler = coupler
         self.unknown = {op: tuple(sorted(modules)) for op, modules in coupler.unknown.items()}
         self.notes = tuple(recording.notes)
         self._leaves = _Leaves(coupler.labels)
         self.classes = self._leaves.count  #: numbers of leaves are less than that
-        self._count_pairs: dict[int, tuple[Array, Array, Array]] = {}
-        self._groups_in: dict[int, tuple[Array, list[int]]] = {}
+        self._count_pairs: dict[int, tuple[Array, Indices, Indices]] = {}
+        self._expanded: dict[bytes, tuple[Indices, Indices]] = {}
+        self._groups_in: dict[bytes, list[int]] = {}
         self._classes: dict[str, Any] = {name: type(module) for name, module in model.named_modules()}
         self.links: dict[int, dict[str, tuple[str, ...]]] | None = None  #: what `links_of` found
         reasons = self._frozen()
@@ -95,7 +99,7 @@ class Graph:
         """Groups that can be cut, of one kind or of all."""
         return [g for g in self.groups if g.reason is None and kind in (None, g.kind)]
 
-    def removed_indices(self, removed: NDArray[np.bool_]) -> dict[tuple[str, int], Array]:
+    def removed_indices(self, removed: NDArray[np.bool_]) -> dict[tuple[str, int], Indices]:
         """``removed [labels]`` flags of leaves -> for each (tensor, dim) the indices that go.
 
         Where the same labels run along several dimensions, these have one and the same array.
@@ -109,11 +113,12 @@ class Graph:
 
     def groups_of(self, labels: Array) -> list[int]:
         """Numbers of the groups whose units decide what is kept of `labels`, ascending."""
-        key = id(labels)
-        if key not in self._groups_in:
-            found = np.flatnonzero(np.bincount(self._group_of[self.leaves_of(labels)[1]] + 1)).tolist()
-            self._groups_in[key] = (labels, [g - 1 for g in found if g])
-        return self._groups_in[key][1]
+        roots = self._leaves.roots[labels]
+        content = roots.tobytes()
+        if content not in self._groups_in:
+            found = np.flatnonzero(np.bincount(self._group_of[self._leaves.below(roots)] + 1)).tolist()
+            self._groups_in[content] = [g - 1 for g in found if g]
+        return self._groups_in[content]
 
     def count(self, labels: Array, removed: NDArray[np.bool_]) -> int:
         """How many of `labels` are kept."""
@@ -177,12 +182,15 @@ class Graph:
                 return f"{text(left)} {symbol} {text(right)} in {module or 'the model itself'}, which would be {a} {symbol} {b}"
         return None
 
-    def leaves_of(self, labels: Array) -> tuple[Array, Array]:
+    def leaves_of(self, labels: Array) -> tuple[Indices, Indices]:
         """``(index, leaf)``: position `index` of `labels` goes when any of its leaves goes."""
         key = id(labels)
         if key not in self._count_pairs:
-            index, leaf = self._leaves.expand(labels)
-            self._count_pairs[key] = (labels, index, leaf)
+            roots = self._leaves.roots[labels]
+            content = roots.tobytes()
+            if content not in self._expanded:
+                self._expanded[content] = self._leaves.expand(roots)
+            self._count_pairs[key] = (labels, *self._expanded[content])
         return self._count_pairs[key][1:]
 
     def _frozen(self) -> dict[int, str]:
@@ -207,7 +215,7 @@ class Graph:
             reasons.update(dict.fromkeys(new.tolist(), reason))
             products = new[row[new] >= 0]
             if len(products):
-                children = factors[row[products]].reshape(-1)
+                children = factors[row[products]].reshape(-1).astype(np.int64)
                 pending.append((children[children >= 0], reason))
         return reasons
 
@@ -229,33 +237,36 @@ class Graph:
                         dims.append(roots)
                 self._where.append((name, d, at))
         if not dims:
-            self._pairs = _Pairs(*(np.zeros(0, np.int64) for _ in range(4)))
+            self._pairs = _Pairs(*(np.zeros(0, np.int32) for _ in range(4)))
             return []
         pairs = self._pairs = self._leaves.pairs(dims)
         paths = distinct(pairs.path)
-        n_paths = len(paths)
-        role = pairs.column * n_paths + np.searchsorted(paths, pairs.path)
-        n_roles = len(dims) * n_paths
-        once = distinct(pairs.leaf * n_roles + role)
-        weights = np.random.default_rng(0).integers(1, 2**62, n_roles).astype(np.uint64)
-        signature = np.zeros(self.classes, np.uint64)
-        np.add.at(signature, once // n_roles, weights[once % n_roles])
+        role = pairs.column * np.int32(len(paths)) + np.searchsorted(paths, pairs.path).astype(np.int32)
+        signature = self._signatures(pairs, role, len(dims) * len(paths))
         frozen = np.zeros(self.classes, bool)
         frozen[list(reasons)] = True
         signature[frozen] += np.uint64(1)
         return self._assemble(pairs, role, signature, reasons)
 
-    def _assemble(self, pairs: _Pairs, role: Array, signature: NDArray[np.uint64], reasons: dict[int, str]) -> list[Group]:
-        leaves, first = np.unique(pairs.leaf, return_index=True)
-        leaves = leaves[np.argsort(first, kind="stable")]
+    def _signatures(self, pairs: _Pairs, role: Indices, n_roles: int) -> NDArray[np.uint64]:
+        """For each leaf a number that is equal where leaves have the same roles in the same columns."""
+        once = distinct(pairs.leaf.astype(np.int64) * n_roles + role)
+        weights = np.random.default_rng(0).integers(1, 2**62, n_roles).astype(np.uint64)
+        signature = np.zeros(self.classes, np.uint64)
+        np.add.at(signature, once // n_roles, weights[once % n_roles])
+        return signature
+
+    def _assemble(self, pairs: _Pairs, role: Indices, signature: NDArray[np.uint64], reasons: dict[int, str]) -> list[Group]:
+        there, first = np.unique(pairs.leaf, return_index=True)
+        leaves: Array = there[np.argsort(first, kind="stable")].astype(np.int64)
         _, start, inverse = np.unique(signature[leaves], return_index=True, return_inverse=True)
-        rank = np.empty(len(start), np.int64)
+        rank = np.empty(len(start), np.int32)
         rank[np.argsort(start)] = np.arange(len(start))
         group_of_leaf = rank[inverse.reshape(-1)]
         order = np.argsort(group_of_leaf, kind="stable")
         sizes = np.bincount(group_of_leaf)
         unit = np.empty(self.classes, np.int64)
-        group = np.empty(self.classes, np.int64)
+        group = np.empty(self.classes, np.int32)
         unit[leaves[order]] = np.arange(len(order)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
         group[leaves] = group_of_leaf
         members = self._members(pairs, group[pairs.leaf], unit[pairs.leaf], role)
@@ -267,15 +278,15 @@ class Graph:
         self._find_siblings(groups, pairs, group)
         return groups
 
-    def _members(self, pairs: _Pairs, group: Array, unit: Array, role: Array) -> dict[int, list[Member]]:
+    def _members(self, pairs: _Pairs, group: Indices, unit: Array, role: Indices) -> dict[int, list[Member]]:
         """The members of each group, in the order of the model's tensors; `group`, `unit` and `role` are those of the pairs."""
-        by_role = np.argsort(role * (int(group.max()) + 1) + group, kind="stable")
+        by_role = np.argsort(role.astype(np.int64) * (int(group.max()) + 1) + group, kind="stable")
         ordered_role, ordered_group = role[by_role], group[by_role]
         edges = np.flatnonzero((ordered_role[1:] != ordered_role[:-1]) | (ordered_group[1:] != ordered_group[:-1])) + 1
         parts: dict[int, list[tuple[int, Array, Array, int]]] = {}
         for rows in np.split(by_role, edges):
             at = rows[0]
-            part = (int(group[at]), pairs.index[rows], unit[rows], int(pairs.path[at]))
+            part = (int(group[at]), pairs.index[rows].astype(np.int64), unit[rows], int(pairs.path[at]))
             parts.setdefault(int(pairs.column[at]), []).append(part)
         found: dict[int, list[Member]] = {}
         for tensor, dim, column in self._where:
@@ -283,8 +294,8 @@ class Graph:
                 found.setdefault(g, []).append(Member(tensor, dim, indices, units, path))
         return found
 
-    def _find_siblings(self, groups: list[Group], pairs: _Pairs, group: Array) -> None:
-        at = pairs.column * (int(pairs.index.max()) + 1) + pairs.index
+    def _find_siblings(self, groups: list[Group], pairs: _Pairs, group: Indices) -> None:
+        at = pairs.column.astype(np.int64) * (int(pairs.index.max()) + 1) + pairs.index
         order = np.argsort(at, kind="stable")
         owner, at = group[pairs.leaf][order], at[order]
         shift = 1
@@ -300,7 +311,7 @@ class Graph:
         marks = {kind: np.zeros(self.classes, bool) for kind in ("head", "head_dim", "channel", "width")}
         for kind, flags in marks.items():
             if own := [labels for labels, of_kind in self.coupler.marks if of_kind == kind]:
-                flags[self._leaves.expand(np.concatenate(own))[1]] = True
+                flags[self._leaves.expand(self._leaves.roots[np.concatenate(own)])[1]] = True
         return marks
 
     def _kind(self, leaves: Array, marks: dict[str, NDArray[np.bool_]]) -> str:
@@ -372,10 +383,10 @@ class _Pairs:
     A column stands for all dimensions of tensors along which the same labels run.
     """
 
-    leaf: Array
-    column: Array
-    index: Array
-    path: Array
+    leaf: Indices
+    column: Indices
+    index: Indices
+    path: Indices
 
 
 class _Leaves:
@@ -389,12 +400,12 @@ class _Leaves:
         number = np.empty(len(roots), np.int64)
         number[own] = np.arange(self.count)
         self.roots = number[roots]  #: the number of each label's class; KEPT stays 0
-        self.row = np.full(self.count, -1)
+        self.row: Indices = np.full(self.count, -1, np.int32)
         width = max((len(s.sizes) for s in labels.splits), default=1)
-        tables = [np.full((0, width), -1)]
+        tables = [np.full((0, width), -1, np.int32)]
         start = 0
         for s in labels.splits:
-            table = np.full((len(s.whole), width), -1)
+            table = np.full((len(s.whole), width), -1, np.int32)
             for j, column in enumerate(s.columns()):
                 table[:, j] = self.roots[column]
             whole = self.roots[s.whole]
@@ -404,54 +415,62 @@ class _Leaves:
         self.factors = np.concatenate(tables)
         self.row[KEPT] = -1
 
-    def expand(self, labels: Array) -> tuple[Array, Array]:
-        """``(index, leaf)``: position `index` of `labels` goes when any of its leaves goes."""
-        roots = self.roots[labels]
+    def expand(self, roots: Array) -> tuple[Indices, Indices]:
+        """``(index, leaf)``: position `index` of representatives goes when any of its leaves goes."""
         if (self.row[roots] >= 0).any():
             return self._taken_apart(roots)[:2]
-        index = np.flatnonzero(roots != KEPT)
-        return index, roots[index]
+        index = np.flatnonzero(roots != KEPT).astype(np.int32)
+        return index, roots[index].astype(np.int32)
+
+    def below(self, roots: Array) -> Array:
+        """The leaves with which any of the representatives goes."""
+        while (product := self.row[roots] >= 0).any():
+            factors = self.factors[distinct(self.row[roots[product]])]
+            roots = np.concatenate([roots[~product], *(distinct(column) for column in factors.T)])
+            roots = roots[roots >= 0]
+        return roots[roots != KEPT]
 
     def pairs(self, columns: Sequence[Array]) -> _Pairs:
         """The pairs of columns of representatives, column after column."""
         sizes = [len(own) for own in columns]
         at, leaf, path = self._taken_apart(np.concatenate(columns))
-        column = np.repeat(np.arange(len(sizes)), sizes)[at]
+        column = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)[at]
         order = np.argsort(column, kind="stable")
-        start = np.cumsum([0, *sizes[:-1]])
+        start = np.cumsum([0, *sizes[:-1]], dtype=np.int32)
         return _Pairs(leaf[order], column[order], (at - start[column])[order], path[order])
 
-    def _taken_apart(self, roots: Array) -> tuple[Array, Array, Array]:
+    def _taken_apart(self, roots: Array) -> tuple[Indices, Indices, Indices]:
         """``(index, leaf, role)`` of representatives."""
-        index, own, path = np.arange(len(roots)), roots, np.zeros(len(roots), np.int64)
-        done: list[tuple[Array, Array, Array]] = []
+        own, index = roots.astype(np.int32), np.arange(len(roots), dtype=np.int32)
+        path = np.zeros(len(roots), np.int32)
+        done: list[tuple[Indices, Indices, Indices]] = []
         for _ in range(8):
-            product = self.row[own] >= 0
-            done.append((index[~product], own[~product], path[~product]))
-            if not product.any():
+            at = self.row[own]
+            whole = np.flatnonzero((at < 0) & (own != KEPT))
+            done.append((index[whole], own[whole], path[whole]))
+            product = np.flatnonzero(at >= 0)
+            if not len(product):
                 break
-            children = self.factors[self.row[own[product]]]
-            column = np.broadcast_to(np.arange(children.shape[1]), children.shape)
-            real = children >= 0
-            index = np.broadcast_to(index[product][:, None], children.shape)[real]
-            path = (path[product][:, None] * 5 + 1 + column)[real]
-            own = children[real]
-        out = tuple(np.concatenate(c) for c in zip(*done, strict=True))
-        keep = out[1] != KEPT
-        return out[0][keep], out[1][keep], out[2][keep]
+            children = self.factors[at[product]]
+            real = np.flatnonzero(children >= 0)
+            parent, column = product[real // children.shape[1]], real % children.shape[1]
+            index, path = index[parent], path[parent] * 5 + 1 + column.astype(np.int32)
+            own = children.reshape(-1)[real]
+        columns = [np.concatenate(c) if len(done) > 1 else c[0] for c in zip(*done, strict=True)]
+        return columns[0], columns[1], columns[2]
 
 
-def distinct(values: Array) -> Array:
+def distinct(values: _Integers) -> _Integers:
     """Sorted distinct values. (Sorting beats the hashing of `numpy.unique` on long runs of integers.)"""
     ordered = np.sort(values)
     return ordered[np.concatenate([[True], ordered[1:] != ordered[:-1]])] if len(ordered) else ordered
 
 
-def trace(model: nn.Module, example: Any) -> Graph:
+def trace(model: nn.Module, example: Any, *, cut_outputs: bool = False) -> Graph:
     """Record one forward of `model` on `example` without computing it, and find what can be cut together.
 
-    `example` is a tensor, a tuple of positional arguments or a mapping of keyword arguments. Raises ModelError where the
-    forward fails.
+    `example` is a tensor, a tuple of positional arguments or a mapping of keyword arguments. With `cut_outputs` what the model
+    returns may become narrower; otherwise it is never cut. Raises ModelError where the forward fails.
 
     >>> import torch
     >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -459,7 +478,7 @@ def trace(model: nn.Module, example: Any) -> Graph:
     [Group(0, neuron, 8 units of 0.weight:0, 0.bias:0, 2.weight:1)]
     """
     with _no_collection():
-        return Graph(model, record(model, example))
+        return Graph(model, record(model, example), cut_outputs=cut_outputs)
 
 
 @contextlib.contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -29,7 +29,8 @@ def unit_scores(
     ``together`` as one long slice, or each by itself and then their ``sum``, ``mean`` or ``max``, or the ``first`` alone, that
     of the layer which makes the units.
     """
-    saliency = _Saliency(model, scores, reduction)
+    groups = list(groups)
+    saliency = _Saliency(model, scores, reduction, {(m.tensor, m.dim > 0) for group in groups for m in group.members})
     found = {}
     for group in groups:
         if combine == "together":
@@ -81,13 +82,14 @@ class _Saliency:
     """Saliencies of weights, summed (for l2 squared and summed, for max maximised) over all dimensions but one.
 
     A weight is read once, some of its rows at a time: what is made of them stays in the cache until it is summed both ways, and
-    needs no memory of the weight's size.
+    needs no memory of the weight's size. `wanted` has the weights whose rows are asked for (False), and those of which other
+    dimensions are (True): what nobody asks for is not summed.
     """
 
-    def __init__(self, model: nn.Module, scores: Scores, reduction: Reduction):
+    def __init__(self, model: nn.Module, scores: Scores, reduction: Reduction, wanted: Collection[tuple[str, bool]]):
         self.layers, _ = find_layers(model)
         self.tensors = dict(model.named_parameters(remove_duplicate=False))
-        self.scores, self.reduction = scores, reduction
+        self.scores, self.reduction, self.wanted = scores, reduction, wanted
         self._found: dict[tuple[str, int], Tensor | None] = {}
         self._sums: dict[str, tuple[Tensor, Tensor] | None] = {}
         self._scratch = torch.empty(0)
@@ -101,7 +103,7 @@ class _Saliency:
         """``[indices of dim]``, or None for what is no weight or has no saliency."""
         if name not in self._sums:
             score = self._of(name)
-            self._sums[name] = None if score is None else self._folded(score)
+            self._sums[name] = None if score is None else self._folded(name, score)
         sums = self._sums[name]
         if sums is None:
             return None
@@ -129,14 +131,14 @@ class _Saliency:
     def _highest(self) -> bool:
         return self.reduction == "max"
 
-    def _folded(self, score: Tensor) -> tuple[Tensor, Tensor]:
+    def _folded(self, name: str, score: Tensor) -> tuple[Tensor, Tensor]:
         """The sums over all dimensions but the first, and over the first; or the maxima."""
         if self._highest:
             score = score.abs() if self.scores == "l1" else score
             return score.flatten(1).amax(1), score.amax(0)
-        return self._summed(score)
+        return self._summed(score, *((name, further) in self.wanted for further in (False, True)))
 
-    def _summed(self, score: Tensor) -> tuple[Tensor, Tensor]:
+    def _summed(self, score: Tensor, by_row: bool, by_column: bool) -> tuple[Tensor, Tensor]:
         """By products with ones, the fastest of sums."""
         score = score if score.is_floating_point() else score.double()
         kind = score.dtype if score.dtype == torch.float64 else torch.float32
@@ -156,8 +158,10 @@ class _Saliency:
             if self.reduction == "l2":
                 made.square_()
             matrix = made.view(len(part), inner)
-            torch.mv(matrix, across, out=rows[start : start + len(part)])
-            columns.addmv_(matrix.t(), down[: len(part)])
+            if by_row:
+                torch.mv(matrix, across, out=rows[start : start + len(part)])
+            if by_column:
+                columns.addmv_(matrix.t(), down[: len(part)])
         return rows, columns.view(score.shape[1:])
 
     def _room(self, size: int, kind: torch.dtype, device: torch.device) -> Tensor:

@@ -129,7 +129,7 @@ def _replayed(
     spill = Spill(folder=spill_to)
     with phase(model, seed):
         trial = Trial(model, blocks, batches, holding)
-        calls = [] if trial.reason else record(model, blocks[0], batches, spill)
+        calls = [] if trial.reason else record(model, blocks[0], batches, spill, trial.own)
     if trial.reason:
         log.warning("%s to %s are not replayed one by one: %s", names[0], names[-1], trial.reason)
         for part in parts:

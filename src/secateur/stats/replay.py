@@ -27,10 +27,15 @@ class _Stop(Exception):
     """Ends a forward pass where what comes after is not needed."""
 
 
+#: For each block, the leaves of its arguments that are constants of its own (its number, a rate), by their place.
+Own = Sequence[Mapping[int, Any]]
+
+
 class Call:
     """The arguments of the first block on one batch, the padding mask that goes with them, and the hidden state in hand."""
 
-    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], mask: Tensor | None, spill: Spill):
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], mask: Tensor | None, spill: Spill, own: Own):
+        self._own, self._turn = own, 0
         self._first = next(iter(kwargs)) if not args else None
         self._hidden: Tensor | Slot = spill.keep(args[0] if args else kwargs[self._first])  # type: ignore[index]
         self._args, self._spill, self.mask = args[1:], spill, mask
@@ -43,9 +48,13 @@ class Call:
 
     def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """What the block in turn is called with."""
-        if self._first is None:
-            return (self.hidden, *self._args), self._kwargs
-        return (), {self._first: self.hidden, **self._kwargs}
+        given: Any = ((self.hidden, *self._args), self._kwargs)
+        if self._first is not None:
+            given = ((), {self._first: self.hidden, **self._kwargs})
+        if not self._own[self._turn]:
+            return given
+        leaves, spec = pytree.tree_flatten(given)
+        return pytree.tree_unflatten([self._own[self._turn].get(i, leaf) for i, leaf in enumerate(leaves)], spec)
 
     def run(self, block: nn.Module) -> Tensor:
         """The hidden state after `block`."""
@@ -53,8 +62,9 @@ class Call:
         return hidden_of(block(*args, **kwargs))
 
     def proceed(self, hidden: Tensor) -> None:
-        """Put the hidden state after a block in the place of the one before it."""
+        """Put the hidden state after a block in the place of the one before it: the next block's turn."""
         self._hidden = self._spill.keep(hidden, self._hidden)
+        self._turn = min(self._turn + 1, len(self._own) - 1)
 
 
 def hidden_of(output: Any) -> Tensor:
@@ -77,12 +87,12 @@ def phase(model: nn.Module, seed: int) -> Iterator[None]:
                 config.use_cache = cache  # type: ignore[union-attr]
 
 
-def record(model: nn.Module, block: nn.Module, batches: Batches, spill: Spill) -> list[Call]:
-    """Arguments of `block` for every batch; the forward pass goes no further."""
+def record(model: nn.Module, block: nn.Module, batches: Batches, spill: Spill, own: Own) -> list[Call]:
+    """Arguments of the first `block` for every batch, the forward pass goes no further; the others' constants are `own`."""
     calls: list[Call] = []
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        calls.append(Call(args, dict(kwargs), mask, spill))
+        calls.append(Call(args, dict(kwargs), mask, spill, own))
         raise _Stop
 
     with hooked([block.register_forward_pre_hook(hook, with_kwargs=True)]):
@@ -118,8 +128,9 @@ def watch(
 class Trial:
     """The blocks tried by themselves on the first batch: why they cannot be run so, None where they can, and the seconds.
 
-    Each must be called once, in order, with what the one before gave and otherwise the arguments of the first; and what the
-    last one gives by itself must be what it gave in the model. This is the self-check of the dense model before pruning.
+    Each must be called once, in order, with what the one before gave and otherwise the arguments of the first, but for
+    constants of its `own`; and what the last one gives by itself must be what it gave in the model. This is the self-check of
+    the dense model before pruning.
     """
 
     def __init__(self, model: nn.Module, blocks: list[nn.Module], batches: Batches, holding: Holding):
@@ -128,6 +139,7 @@ class Trial:
         self._given: Tensor | None = None
         self.seconds = 0.0  #: that one batch takes in all blocks
         self.values = 0  #: in the hidden state of one batch
+        self.own: list[dict[int, Any]] = []  #: see `Own`
         handles = [b.register_forward_pre_hook(self._look(i), with_kwargs=True) for i, b in enumerate(blocks)]
         handles.append(blocks[-1].register_forward_hook(self._look_at_the_last))
         with hooked(handles):
@@ -148,7 +160,8 @@ class Trial:
             return "their first argument is no tensor"
         if any(type(leaf).__name__.endswith("Cache") for leaf in pytree.tree_leaves((args, kwargs))):
             return "they are given a key-value cache"
-        first = Call(args, kwargs, None, Spill())
+        self.own = [_constants(given, (args, kwargs)) for _, *given in self._seen]
+        first = Call(args, kwargs, None, Spill(), self.own)
         started = time.perf_counter()
         for index, block in enumerate(self._blocks):
             if index and not _alike(self._seen[index][1:], first.arguments()):
@@ -167,6 +180,13 @@ def hooked(handles: Sequence[Any]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _constants(given: Any, first: Any) -> dict[int, Any]:
+    """What is no tensor in a block's arguments and differs from the first block's, by its place among the leaves."""
+    a, b = (pytree.tree_leaves(arguments) for arguments in (tuple(given), first))
+    pairs = enumerate(zip(a, b, strict=False))
+    return {i: x for i, (x, y) in pairs if not isinstance(x, Tensor) and not isinstance(y, Tensor) and not _same(x, y)}
 
 
 def _alike(one: Any, other: Any) -> bool:
