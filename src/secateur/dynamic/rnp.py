@@ -80,7 +80,7 @@ class Rnp:
             model.set_submodule(names.first, ChannelGate(first, norm, decider, index, link))  # type: ignore[arg-type]
             model.set_submodule(names.norm, nn.Identity())
             after: Any = None
-            if names.after in self.norms:
+            if names.after is not None and names.after in self.norms:
                 after = model.get_submodule(names.after)
                 model.set_submodule(names.after, nn.Identity())
             model.set_submodule(names.second, GatedInput(second, link, after, self.groups))  # type: ignore[arg-type]
