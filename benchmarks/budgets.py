@@ -1,6 +1,7 @@
 """Budgets in parameters, MACs, bytes and milliseconds on real networks: promised, achieved, and how long the search took.
 
-ResNet-56, EfficientNet-Lite0, ResNet-18 and ResNet-50 lose channels, all-MiniLM-L6-v2 heads and feed-forward neurons, by L1.
+ResNet-56, EfficientNet-Lite0, ResNet-18 and ResNet-50 lose channels, all-MiniLM-L6-v2 heads and feed-forward neurons, by L1;
+ResNet-56 and MiniLM whole blocks as well.
 Each finished row is kept in ROWS, and a later run goes on from there. Writes docs/benchmarks/budgets.md.
 
     python benchmarks/budgets.py [ROWS] [--models resnet18 ...] [--units params ...] [--accuracy] [--quick]
@@ -14,6 +15,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ import torch
 from conditions import ROOT, Rows, conditions, keep, table
 from torch import nn
 
+import secateur as sc
 from secateur.budgets.amount import UNITS
 from secateur.budgets.choose import choose_counts
 from secateur.errors import BudgetError
@@ -31,7 +34,7 @@ from secateur.measure.macs import macs
 from secateur.measure.sizes import sizes
 from secateur.models import load_model
 from secateur.models.torchvision_shim import prepare_torchvision
-from secateur.prune import prune
+from secateur.types import Plan
 
 SHARES = (75, 50, 35)
 ALLOCATIONS = ("uniform", "isomorphic", "global", "gain")
@@ -73,6 +76,8 @@ MODELS: dict[str, tuple[str, Callable[[], tuple[nn.Module, Any, tuple[str, ...]]
     "resnet18": ("ResNet-18, 224, batch 1", lambda: torchvision("resnet18")),
     "resnet50": ("ResNet-50, 224, batch 1", lambda: torchvision("resnet50")),
     "minilm": ("MiniLM, 128 tokens, heads and neurons", minilm),
+    "resnet56_blocks": ("ResNet-56, batch 8, whole blocks", lambda: (*resnet56()[:2], ("layer",))),
+    "minilm_blocks": ("MiniLM, 128 tokens, whole blocks", lambda: (*minilm()[:2], ("layer",))),
 }
 
 
@@ -85,27 +90,39 @@ def found(model: nn.Module, dense: nn.Module, example: Any, unit: str, reference
     return getattr(sizes(model), {"params": "parameters", "bytes": "bytes_memory"}[unit])
 
 
-def row(name: str, unit: str, share: int) -> dict[str, Any]:
-    """One budget on one model. The search is timed from the traced graph on; tracing is timed apart."""
-    model, example, kinds = MODELS[name][1]()
-    model.eval()
-    started = time.perf_counter()
+def of_units(model: nn.Module, example: Any, kinds: tuple[str, ...], target: str) -> tuple[Plan, float]:
+    """The plan of a budget, and the seconds of the search, from the traced graph on."""
     graph = trace(model, example)
     groups = choose_groups(graph, kinds)
     scores = unit_scores(model, groups, "l1")
-    traced = time.perf_counter() - started
     started = time.perf_counter()
-    try:
-        kept, budget = choose_counts(model, graph, groups, scores, target=f"{share}% {unit}", scope="local", example=example)
-    except BudgetError as error:
-        return {"refused": str(error), "search_s": time.perf_counter() - started, "trace_s": traced}
+    kept, budget = choose_counts(model, graph, groups, scores, target=target, scope="local", example=example)
     searched = time.perf_counter() - started
-    smaller = cut(model, make_plan(graph, model, lowest(groups, scores, kept)))
-    again = found(smaller, model, example, unit, budget.dense)
+    return replace(make_plan(graph, model, lowest(groups, scores, kept)), budget=budget), searched
+
+
+def of_blocks(model: nn.Module, example: Any, target: str) -> tuple[Plan, float]:
+    """The same of whole blocks; the tracing is in the seconds."""
+    started = time.perf_counter()
+    found = sc.plan(model, pattern="layer", budget=target, example=example)
+    return found, time.perf_counter() - started
+
+
+def row(name: str, unit: str, share: int) -> dict[str, Any]:
+    """One budget on one model."""
+    model, example, kinds = MODELS[name][1]()
+    model.eval()
+    target, started = f"{share}% {unit}", time.perf_counter()
+    try:
+        plan, searched = of_blocks(model, example, target) if kinds == ("layer",) else of_units(model, example, kinds, target)
+    except BudgetError as error:
+        return {"refused": str(error), "search_s": time.perf_counter() - started}
+    budget = plan.budget
+    assert budget is not None
+    again = found(cut(model, plan), model, example, unit, budget.dense)
     return {
         "dense": budget.dense, "limit": budget.limit, "promised": budget.promised, "achieved": budget.achieved,
-        "low": budget.low, "high": budget.high, "found": again, "search_s": searched, "trace_s": traced,
-        "load": os.getloadavg()[0],
+        "low": budget.low, "high": budget.high, "found": again, "search_s": searched, "load": os.getloadavg()[0],
     }  # fmt: skip
 
 
@@ -133,7 +150,7 @@ def accuracy(share: int, allocation: str) -> dict[str, Any]:
     train = np.random.default_rng(0).permutation(np.arange(0, 50_000, 39))[:1280]
     keys = {"pattern": "channel", "budget": f"{share}% MACs", "allocation": allocation, "reestimate_norms": True}
     if share < 100:
-        model = prune(model, example=example, data=images("train", train, 128), **keys).model
+        model = sc.prune(model, example=example, data=images("train", train, 128), **keys).model
     return {"accuracy": judged(model, images("test", range(0, 10_000, 10), 250))}
 
 
@@ -164,7 +181,7 @@ def page(rows: dict[str, dict[str, Any]], options: argparse.Namespace, seconds: 
         "really cut model, milliseconds the median (and quartiles) that ended the search. Timed again: a second timing of 2 s "
         "after the search, beside the dense model, as a share of the budget: how far it is from the figure before is the "
         "machine's noise. The search goes from the traced graph to the chosen units; of milliseconds it holds the table of "
-        "operations and all timings of cut models.",
+        "operations and all timings of cut models. Of whole blocks those go that together have the smallest mean weights.",
         "",
         *table(head, lines),
         "",

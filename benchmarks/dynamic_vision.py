@@ -1,11 +1,11 @@
 """Execution that depends on the input: quality, mean multiply-adds and time at batch 1, beside static pruning and dense.
 
 ResNet-20 and ResNet-56 on CIFAR-10: Runtime Neural Pruning beside channels cut for good, at equal mean multiply-adds with the
-same training for both; early exit and layer skipping. all-MiniLM-L6-v2 on STS-B: token pruning and layer skipping.
+same training for both; early exit and layer skipping. all-MiniLM-L6-v2 on STS-B, ViT-S/14: token pruning and layer skipping.
 Every row is kept in the JSON file as soon as it is known, and not measured again; trained networks are kept in --models,
 from which --part time takes them. Writes docs/benchmarks/dynamic_vision.md and .svg from all rows in the file.
 
-    python benchmarks/dynamic_vision.py rows.json --models DIR [--part resnet20 resnet56 exits skip minilm time] [--quick]
+    python benchmarks/dynamic_vision.py rows.json --models DIR [--part resnet20 resnet56 exits skip minilm vit ...] [--quick]
 """
 
 from __future__ import annotations
@@ -17,18 +17,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import dynamic_transformers
 import torch
 from conditions import PAGES, Rows, keep
 from dynamic_data import Augmented
 from dynamic_page import page, picture
 from structured_tasks import batched, cifar, correct
 from torch import Tensor, nn
+from turning import time_by_turns
 
 import secateur as sc
 from secateur.dynamic import Dynamic
 from secateur.dynamic.channels import ChannelGate
 from secateur.errors import BudgetError
-from secateur.measure.latency import compare_latency
 from secateur.measure.macs import macs
 
 BUDGETS = (1.0, 0.8, 0.65, 0.5, 0.4)
@@ -134,44 +135,6 @@ def untrained(bench: Bench, method: str, **options: Any) -> None:
         bench.curve(f"{name}/{method}", gated, float(macs(model, EXAMPLE).dense))
 
 
-def minilm(bench: Bench) -> None:
-    """Spearman's correlation times 100 on the STS-B pairs; calibrated on sentences of SST-2."""
-    import stsb
-    from minilm import make
-
-    pairs = 100 if bench.quick else None
-    model, tokenizer = make().model.eval(), stsb.tokenizer()
-    lines = sentences(256 if not bench.quick else 32)
-    data = [dict(tokenizer(lines[i : i + 16], padding=True, return_tensors="pt")) for i in range(0, len(lines), 16)]
-
-    def quality(gated: nn.Module) -> float:
-        with torch.no_grad():
-            return 100 * stsb.spearman(gated, pairs)["spearman"]
-
-    if bench.missing("minilm/dense"):
-        bench.rows.keep("minilm/dense", {"quality": quality(model), "macs": 1.0})
-    budgets = (0.9, 0.8, 0.7, 0.6)
-    for method, options in (("tokens", {"score": "mean"}), ("skip", {"samples": 256})):
-        if not bench.missing(f"minilm/{method}/{budgets[-1]}"):
-            continue
-        gated = sc.dynamic(model, method=method, data=data, budget=1.0, **options)
-        for budget in budgets:
-            gated.budget = budget
-            with gated.recording() as costs:
-                found = quality(gated)
-            spread = list(costs.quantiles(0.05, 0.25, 0.5, 0.75, 0.95))
-            bench.rows.keep(f"minilm/{method}/{budget}", {"quality": found, "macs": costs.mean, "spread": spread})
-
-
-def sentences(count: int) -> list[str]:
-    """Sentences of SST-2's file that are not empty, the first ones."""
-    from conditions import asset
-
-    file = sorted(p for p in asset("sst2").iterdir() if p.suffix in (".tsv", ".csv", ".txt"))[0]
-    lines = [line.split("\t")[0].strip() for line in file.read_text(encoding="utf-8").splitlines()[1:]]
-    return [line for line in lines if len(line.split()) > 4][:count]
-
-
 @torch.no_grad()
 def choices(bench: Bench) -> None:
     """What RNP's choosing is worth: beside its choices those of other images, one for all images, and the same everywhere."""
@@ -211,55 +174,36 @@ def other_images(chosen: list[Tensor], generator: torch.Generator, gate: int, x:
     return chosen[gate][torch.randint(len(chosen[gate]), (len(x),), generator=generator)]
 
 
-@torch.inference_mode()
 def timed(bench: Bench) -> None:
     """Batch 1, one thread, real test images in turn: every model of a network beside its dense one, in the same rounds."""
     images = [x[None] for x in cifar("test", 200)[0]]
     for depth in (20, 56):
         name = f"resnet{depth}"
-        models: dict[str, nn.Module] = {"dense": Turning(bench.dense(depth), images)}
+        models: dict[str, nn.Module] = {"dense": bench.dense(depth)}
         for budget in STATIC:
             folder = bench.models / f"{name} static {budget}"
             if folder.exists():
-                models[f"static {budget}"] = Turning(sc.load(folder, model=cut(bench, depth, budget)).eval(), images)
+                models[f"static {budget}"] = sc.load(folder, model=cut(bench, depth, budget))
         for method in ("rnp", "early_exit"):
             for budget in BUDGETS:
                 if bench.missing(f"{name}/{method}/{budget}"):
                     continue
-                gated: Any = sc.load(bench.models / f"{name} {method}", model=bench.dense(depth)).eval()
+                gated: Any = sc.load(bench.models / f"{name} {method}", model=bench.dense(depth))
                 gated.budget = budget
-                models[f"{method}/{budget}"] = Turning(gated, images)
-        found = compare_latency(models, EXAMPLE, runs=60 if bench.quick else 1000, warmup=20, threads=1)
-        for what, figure in found.items():
-            row = {"ms": figure.latency.median_ms, "speedup": figure.speedup, "low": figure.low, "high": figure.high}
-            total = sum(models[what].seconds)  # type: ignore[arg-type]
-            row["mean_ms"] = 1e3 * total / len(models[what].seconds)  # type: ignore[arg-type, attr-defined]
-            bench.rows.keep(f"{name}/time/{what}", row)
-
-
-class Turning(nn.Module):
-    """A model that runs on another image at every call, and remembers how long it took."""
-
-    def __init__(self, model: nn.Module, images: list[Tensor]):
-        super().__init__()
-        self.model, self.images, self.seconds = model, images, list[float]()
-
-    def forward(self, x: Tensor) -> Any:  # noqa: D102
-        image = self.images[len(self.seconds) % len(self.images)]
-        started = time.perf_counter()
-        out = self.model(image)
-        self.seconds.append(time.perf_counter() - started)
-        return out
+                models[f"{method}/{budget}"] = gated
+        time_by_turns(bench.rows, name, models, images, 60 if bench.quick else 1000)
 
 
 PARTS: dict[str, Callable[[Bench], None]] = {
     "exits": lambda bench: untrained(bench, "early_exit"),
     "skip": lambda bench: untrained(bench, "skip", samples=512),
-    "minilm": minilm,
+    "minilm": lambda bench: dynamic_transformers.minilm(bench.rows, bench.models, bench.quick),
+    "vit": lambda bench: dynamic_transformers.vit(bench.rows, bench.models, bench.quick),
     "resnet20": lambda bench: resnet(bench, 20),
     "resnet56": lambda bench: resnet(bench, 56),
     "choices": choices,
     "time": timed,
+    "time-transformers": lambda bench: dynamic_transformers.timed(bench.rows, bench.models, bench.quick),
 }
 
 

@@ -8,6 +8,8 @@ medians, its range the smallest and largest over the turns. Memory is what the p
 before (the model included), as a share of the model's own bytes; both cut in place, since a copy costs what is kept of the
 model in any case. The peer is given what it needs to run at all: the classifier to ignore, and for attention the number of
 heads. On heads of grouped-query attention it raises; where Llama "keeps its heads", both leave its attention projections alone.
+Of our seconds those of *weights* are spent summing the magnitudes of all weights along both dimensions and slicing them, which
+the memory of one core bounds.
 """
 
 from __future__ import annotations
@@ -16,9 +18,12 @@ import argparse
 import copy
 import functools
 import gc
+import json
 import logging
 import signal
 import statistics
+import subprocess
+import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -70,12 +75,19 @@ MODELS: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
 }
 
 
-def ours(model: nn.Module, example: Any, heads: bool = True) -> nn.Module:
-    """The smaller model, by Secateur."""
+def ours(model: nn.Module, example: Any, heads: bool = True, weights: list[float] | None = None) -> nn.Module:
+    """The smaller model, by Secateur. `weights` is given the seconds in which weights are summed and sliced."""
     graph = trace(model, example)
     groups = choose_groups(graph, ("channel", "neuron", "head", "width") if heads else ("neuron", "width"))
-    removed = select(graph, groups, unit_scores(model, groups, "l1"), 0.5)
-    return cut(model, make_plan(graph, model, removed), inplace=True)
+    times = [time.process_time()]
+    scores = unit_scores(model, groups, "l1")
+    times.append(time.process_time())
+    plan = make_plan(graph, model, select(graph, groups, scores, 0.5))
+    times.append(time.process_time())
+    smaller = cut(model, plan, inplace=True)
+    if weights is not None:
+        weights.append(times[1] - times[0] + time.process_time() - times[2])
+    return smaller
 
 
 def peer(model: nn.Module, example: Any, cut_heads: bool = True) -> nn.Module:
@@ -143,8 +155,10 @@ def row(name: str, repeats: int, patience: float) -> dict[str, Any]:
         return MODELS[name]()[0].eval() if large else copy.deepcopy(model)
 
     cut_heads = "keeps its heads" not in name
-    both = functools.partial(ours, heads=cut_heads), functools.partial(peer, cut_heads=cut_heads)
+    found["weights"] = []
+    both = functools.partial(ours, heads=cut_heads, weights=found["weights"]), functools.partial(peer, cut_heads=cut_heads)
     run(both[0], one(), example)  # imports and caches that a first call fills are nobody's
+    found["weights"].clear()
     for _ in range(repeats):
         found["ours"].append(run(both[0], one(), example))
         if "refused" in found:
@@ -184,8 +198,8 @@ def large() -> dict[str, float]:
     return {"seconds": seconds, "gib": _status("VmHWM") / 2**30, "left": sum(p.numel() for p in smaller.parameters())}
 
 
-def _too_long(*_: Any) -> None:
-    raise TimeoutError("not done in the time given")
+def _too_long(patience: float, *_: Any) -> None:
+    raise TimeoutError(f"not done in {patience:g} s")
 
 
 def verdict(rows: dict[str, Any]) -> str:
@@ -205,16 +219,17 @@ def cells(name: str, r: dict[str, Any]) -> list[str]:
     """One line of the table."""
     a = [x[0] for x in r["ours"]]
     mine = f"{statistics.median(a):.3f} ({min(a):.3f}-{max(a):.3f})"
+    reading = f"{statistics.median(r['weights']):.3f}" if "weights" in r else ""
     left, memory = r["ours"][0][2] / r["parameters"], max(x[1] for x in r["ours"])
     if not r["peer"]:
-        return [name, mine, f"{left:.0%}", f"{memory:+.0%}", f"fails: {r['refused']}", "-", "-", "-"]
+        return [name, mine, reading, f"{left:.0%}", f"{memory:+.0%}", f"fails: {r['refused']}", "-", "-", "-"]
     b = [x[0] for x in r["peer"]]
     theirs = f"{statistics.median(b):.3f} ({min(b):.3f}-{max(b):.3f})"
     ratios = [y / x for x, y in zip(a, b, strict=False)]
     other, fat, ok = r["peer"][0][2] / r["parameters"], max(x[1] for x in r["peer"]), r["peer"][0][3]
     share = f"{other:.0%}" + ("" if ok == "runs" else f", {ok}")
     times = f"{_median(r['peer']) / _median(r['ours']):.1f} ({min(ratios):.1f}-{max(ratios):.1f})"
-    return [name, mine, f"{left:.0%}", f"{memory:+.0%}", theirs, share, f"{fat:+.0%}", times]
+    return [name, mine, reading, f"{left:.0%}", f"{memory:+.0%}", theirs, share, f"{fat:+.0%}", times]
 
 
 def main() -> None:
@@ -225,19 +240,23 @@ def main() -> None:
     parser.add_argument("--patience", type=float, default=120, help="seconds that the peer has for one run")
     parser.add_argument("--json", type=Path, help="rows are kept here, and rows found here are not measured again")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--large", action="store_true", help="only the 8B Llama, as JSON")
     options = parser.parse_args()
-    signal.signal(signal.SIGALRM, _too_long)
+    prepare_torchvision()
+    if options.large:
+        print(json.dumps(large()))
+        return
+    signal.signal(signal.SIGALRM, functools.partial(_too_long, options.patience))
     logging.disable(logging.WARNING)
     warnings.filterwarnings("ignore")
-    prepare_torchvision()
     torch.set_num_threads(1)
     start = time.monotonic()
     rows = Rows(options.json)
     for name in options.names:
         rows.measured(name, functools.partial(row, name, options.repeats, options.patience))
-    rows.measured("large", large)
+    rows.measured("large", lambda: json.loads(subprocess.check_output([sys.executable, __file__, "--large"])))
     turns = " or ".join(str(n) for n in sorted({len(rows[name]["ours"]) for name in options.names if name in rows}))
-    head = ["model", "ours, CPU s", "left", "memory", "Torch-Pruning 1.6.1, CPU s", "left", "memory", "times faster"]
+    head = ["model", "ours, CPU s", "weights", "left", "memory", "Torch-Pruning 1.6.1, CPU s", "left", "memory", "times faster"]
     lines = [
         "# Trace, couple and cut beside Torch-Pruning",
         "",

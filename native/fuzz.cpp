@@ -170,7 +170,10 @@ void check_gathered() {
     const auto threshold = static_cast<float>(pick(0, 3) ? chance() : 2);
     gather(k, w.get(), rows, cols, index.get(), count, x.get(), {biased ? of_rows.get() : nullptr, act}, dots.get(), threads);
     combine(k, w.get(), rows, cols, index.get(), factor.get(), count, biased ? columns.get() : nullptr, sums.get(), threads);
-    thin(k, w.get(), rows, cols, z.get(), threshold, biased ? columns.get() : nullptr, thinned.get(), threads);
+    Floats centre(rows), scale(rows);
+    const bool around = pick(0, 1);
+    const Large large_ones{threshold, around ? centre.get() : nullptr, around ? scale.get() : nullptr};
+    thin(k, w.get(), rows, cols, z.get(), large_ones, biased ? columns.get() : nullptr, thinned.get(), threads);
     for (int64_t i = 0; i < count; ++i) {
         double sum = biased ? of_rows.data[index[i]] : 0;
         for (int64_t c = 0; c < cols; ++c) sum += static_cast<double>(w.data[index[i] * cols + c]) * x.data[c];
@@ -179,8 +182,10 @@ void check_gathered() {
     for (int64_t c = 0; c < cols; ++c) {
         double some = biased ? columns.data[c] : 0, large = some;
         for (int64_t i = 0; i < count; ++i) some += static_cast<double>(w.data[index[i] * cols + c]) * factor.data[i];
-        for (int64_t r = 0; r < rows; ++r)
-            if (std::fabs(z.data[r]) > threshold) large += static_cast<double>(w.data[r * cols + c]) * z.data[r];
+        for (int64_t r = 0; r < rows; ++r) {
+            const float off = around ? z.data[r] - centre.data[r] : z.data[r];
+            if (std::fabs(off) * (around ? scale.data[r] : 1.f) > threshold) large += static_cast<double>(w.data[r * cols + c]) * off;
+        }
         compare("combine", k, c, sums.data[c], some, static_cast<double>(count));
         compare("thin", k, c, thinned.data[c], large, static_cast<double>(rows));
     }

@@ -32,14 +32,15 @@ void add(const Kernels& kernels, const Rows& job, const float* bias, float* y, i
 
 }  // namespace
 
-int64_t thin(const Kernels& kernels, const float* weight, int64_t rows, int64_t cols, const float* x, float threshold, const float* bias, float* y, int threads) {
+int64_t thin(const Kernels& kernels, const float* weight, int64_t rows, int64_t cols, const float* x, Large large, const float* bias, float* y, int threads) {
     float* kept = scratch(Scratch::input, 2 * rows);
     auto* index = reinterpret_cast<int32_t*>(kept + rows);
     int64_t count = 0;
     for (int64_t j = 0; j < rows; ++j) {  // NaN is not small: it is kept
-        kept[count] = x[j];
+        const float off = large.centre ? x[j] - large.centre[j] : x[j], scale = large.scale ? large.scale[j] : 1.f;
+        kept[count] = off;
         index[count] = static_cast<int32_t>(j);
-        count += !(std::fabs(x[j]) <= threshold);
+        count += !(std::fabs(off) * scale <= large.threshold);
     }
     add(kernels, {weight, cols, index, kept, count}, bias, y, threads);
     return count;

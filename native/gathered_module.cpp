@@ -28,13 +28,14 @@ const Kernels& kernels(const std::string& isa) {
 
 void bind_gathered(nb::module_& m) {
     m.def(
-        "thin",
-        [](uintptr_t weight, int64_t rows, int64_t cols, uintptr_t x, float threshold, uintptr_t bias, uintptr_t y, int threads, const std::string& isa) {
+        "thin_around",
+        [](uintptr_t weight, int64_t rows, int64_t cols, uintptr_t x, float threshold, uintptr_t centre, uintptr_t scale, uintptr_t bias, uintptr_t y, int threads, const std::string& isa) {
             const Kernels& k = kernels(isa);
             nb::gil_scoped_release release;
-            return thin(k, pointer<const float>(weight), rows, cols, pointer<const float>(x), threshold, pointer<const float>(bias), pointer<float>(y), threads);
+            const Large large{threshold, pointer<const float>(centre), pointer<const float>(scale)};
+            return thin(k, pointer<const float>(weight), rows, cols, pointer<const float>(x), large, pointer<const float>(bias), pointer<float>(y), threads);
         },
-        "y[cols] = bias + the rows of weight[rows, cols] whose |x| is above the threshold, times x. Returns how many they are.");
+        "y[cols] = bias + the rows of weight[rows, cols] whose |x - centre| scale is above the threshold, times x - centre. Returns how many they are.");
     m.def(
         "combine",
         [](uintptr_t weight, int64_t rows, int64_t cols, uintptr_t index, uintptr_t factor, int64_t count, uintptr_t bias, uintptr_t y, int threads, const std::string& isa) {

@@ -18,6 +18,7 @@ from secateur.selection import Method, Scores, prunable, resolve, target_sparsit
 from secateur.solvers import error_curve
 from secateur.stats import Calibration, collect
 from secateur.stats.blocks import grams_in_turn
+from secateur.stats.reads import Reads, find_reads, is_multimodal
 from secateur.stats.samples import layers_in_turn
 from secateur.types import LayerStats, Need, Pattern, Schedule
 from secateur.vision_language.groups import find_groups, within
@@ -39,6 +40,7 @@ class Job:
     example: Batch | None
     train_loss: Loss | None = None  #: what fine-tuning minimises
     groups: Mapping[str, Sequence[str]] | None = None  #: layers that are compared among themselves only
+    reads: Reads | None = None  #: what each weight reads of the first batch, where finding the groups told
 
     @property
     def pattern_name(self) -> str:
@@ -55,6 +57,7 @@ class Job:
             loss=self.loss,
             seed=self.recipe.seed,
             example=self.example,
+            reads=self.reads,
         )
         return replace(found, layers=self._with_curves(model, found.layers)) if self.method.curves else found
 
@@ -145,9 +148,11 @@ def prepare(
         batches,
         training,
     )
+    reads = None
     if example is None and batches is not None:
         example = next(iter(batches))
-    job = Job(recipe, method, sparsity, _schedule(recipe), layers, skipped, batches, training, loss, example)
+        reads = find_reads(model, example, seed=recipe.seed) if recipe.groups is not None and is_multimodal(example) else None
+    job = Job(recipe, method, sparsity, _schedule(recipe), layers, skipped, batches, training, loss, example, reads=reads)
     return job if recipe.groups is None else _grouped(job, model)
 
 
@@ -159,7 +164,7 @@ def _grouped(job: Job, model: nn.Module) -> Job:
             f"pattern {job.method.pattern.name} removes the same from every layer, so groups have nothing to "
             "decide: leave them out"
         )
-    groups = find_groups(model, job.layers, job.recipe.groups, job.example, seed=job.recipe.seed)
+    groups = find_groups(model, job.layers, job.recipe.groups, job.example, seed=job.recipe.seed, reads=job.reads)
     return replace(job, groups=groups, method=replace(job.method, allocation=within(groups, job.method.allocation)))
 
 

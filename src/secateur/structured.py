@@ -156,7 +156,7 @@ class Ranked:
 def rank_units(model: nn.Module, job: UnitJob) -> Ranked:
     """Trace and score, for patterns of units: whole blocks have no groups. Touches nothing."""
     recipe, units = job.recipe, job.units
-    graph = trace(model, job.arguments)
+    graph = trace(model, job.arguments, cut_outputs=units.outputs)
     groups = units_to_cut(graph, recipe, units)
     found = score_units(model, groups, recipe, units, batches=job.batches, loss=job.loss, example=job.example)
     return Ranked(graph, list(found.groups), dict(found.scores), (*graph.notes, *found.notes))

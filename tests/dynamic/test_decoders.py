@@ -11,6 +11,7 @@ from dynamic_cases import llama, residual, tokens, vectors
 from torch import nn
 
 import secateur as sc
+from secateur.dynamic import teal
 from secateur.dynamic.chosen import ChosenInputs, ChosenOutputs
 from secateur.dynamic.sparse_input import SparseInput
 from secateur.errors import ModelError, RecipeError
@@ -39,7 +40,7 @@ def test_decoding_by_the_kernels_is_the_masked_computation(method, monkeypatch):
     calls = []
 
     def count(name, kernel):
-        monkeypatch.setattr(native, name, lambda *args: calls.append(name) or kernel(*args))
+        monkeypatch.setattr(native, name, lambda *args, **kw: calls.append(name) or kernel(*args, **kw))
 
     for name in ("thin", "gather", "combine"):
         count(name, getattr(native, name))
@@ -55,6 +56,10 @@ def test_decoding_by_the_kernels_is_the_masked_computation(method, monkeypatch):
     torch.testing.assert_close(by_kernels, at_once, rtol=1e-4, atol=1e-4)
 
 
+def far(gate, linear, x):
+    return (x - gate.centre).abs() * linear.weight.norm(dim=0) > gate.threshold
+
+
 def test_teal_equals_a_hand_made_mask_and_costs_what_is_left():
     gated = sc.dynamic(residual(), method="teal", data=vectors(), budget=0.6, **OPTIONS["teal"])
     x, dense = vectors()[0], residual()
@@ -62,11 +67,11 @@ def test_teal_equals_a_hand_made_mask_and_costs_what_is_left():
         found = gated(x)
         hidden, left = dense[0](x), torch.zeros(4)
         for block, other in zip(dense[1], gated.model[1], strict=True):
-            keep = hidden.abs() > other.up.threshold
-            inside = F.relu(block.up(hidden * keep))
-            also = inside.abs() > other.down.threshold
+            keep = far(other.up, block.up, hidden)
+            inside = F.relu(block.up(torch.where(keep, hidden, other.up.centre)))
+            also = far(other.down, block.down, inside)
             left += 64 * keep.sum(1) + 16 * also.sum(1)
-            hidden = hidden + block.down(inside * also)
+            hidden = hidden + block.down(torch.where(also, inside, other.down.centre))
     torch.testing.assert_close(found, dense[2](hidden))
     assert costs.computed.tolist() == left.tolist()
     assert costs.dense.tolist() == [3 * 2 * 16 * 64] * 4
@@ -144,14 +149,45 @@ def test_options_out_of_range_are_refused(method, options):
         sc.dynamic(residual(), method=method, data=vectors(), **options)
 
 
-def test_a_threshold_above_every_input_leaves_the_bias():
-    layer = nn.Linear(4, 3)
+def test_a_threshold_above_every_input_leaves_what_the_centres_give():
+    layer, seen = nn.Linear(4, 3), torch.randn(11, 4)
     gate = SparseInput(layer)
-    gate.learn(torch.ones(10))
+    gate.learn(seen)
     gate.set_sparsity(1.0)
     with torch.inference_mode():
-        assert torch.equal(gate(torch.ones(1, 4)), layer.bias[None])
-        assert torch.equal(gate(torch.ones(3, 4)), layer.bias.expand(3, 3))
+        usual = layer(seen.median(0).values[None])
+        torch.testing.assert_close(gate(seen[:1]), usual)
+        torch.testing.assert_close(gate(seen[:3]), usual.expand(3, 3))
+    with torch.no_grad():
+        layer.weight.mul_(2)
+    with torch.inference_mode():
+        torch.testing.assert_close(gate(seen[:1]), layer(seen.median(0).values[None]))
+
+
+def test_columns_without_weights_are_never_read():
+    layer = nn.Linear(40, 8)
+    with torch.no_grad():
+        layer.weight[:, ::4] = 0
+    gate, seen = SparseInput(layer), torch.randn(50, 40)
+    gate.learn(seen)
+    gate.set_sparsity(0.25)
+    with torch.inference_mode():
+        torch.testing.assert_close(gate(seen), layer(seen))
+        torch.testing.assert_close(gate(seen[:1]), layer(seen[:1]))
+
+
+def test_blocks_go_their_ways_by_what_they_save():
+    """Two blocks of the same size; the second errs a hundred times as much: it starts when the first is through."""
+    gates = [SparseInput(nn.Linear(4, 4)) for _ in range(2)]
+    points = [(0.0,), (0.5,), (0.95,), (1.0,)]
+    teal._between_blocks([teal._Way([g], points, [0.0, e, 4 * e]) for g, e in zip(gates, (0.01, 1.0), strict=True)])
+    at = [[round(float(g.way[i]), 3) for i in (0, 50, 95, 145, 190, 200)] for g in gates]
+    assert at == [[0.0, 0.5, 0.95, 0.95, 0.95, 1.0], [0.0, 0.0, 0.0, 0.5, 0.95, 1.0]]
+
+
+def test_the_lower_convex_hull():
+    x, y = [0.0, 1.0, 2.0, 3.0, 4.0], [0.0, 3.0, 1.5, 2.5, 6.0]
+    assert teal._hull(x, y) == [0, 2, 3, 4]
 
 
 def test_gradients_pass_through_the_masks():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from dynamic_cases import bert, convolutional, outputs, pictures, sentences, tok
 from torch import nn
 
 import secateur as sc
-from secateur.dynamic.channels import ChannelGate, GatedInput
+from secateur.dynamic.channels import ChannelGate, GatedInput, Link
 from secateur.dynamic.early_exit import pooled
 from secateur.dynamic.skip import SkipGate
 from secateur.errors import BudgetError, ModelError, RecipeError
@@ -25,6 +26,17 @@ def rnp():
     return sc.dynamic(convolutional(), method="rnp", data=pictures(), budget=0.5, **RNP)
 
 
+class ByWidth(nn.Module):
+    """Member by member, the norm of as many groups as it chose."""
+
+    def __init__(self, norms, chosen):
+        super().__init__()
+        self.norms, self.chosen = norms, chosen
+
+    def forward(self, x):
+        return torch.cat([self.norms[k](one[None]) for k, one in zip(self.chosen.tolist(), x, strict=True)])
+
+
 def masked_dense(gated, x, widths):
     """The gated model's dense convolutions, with channels behind the chosen ones set to zero before they are read."""
     dense = convolutional()
@@ -34,6 +46,7 @@ def masked_dense(gated, x, widths):
         block.conv1.load_state_dict(gate.conv.state_dict())
         block.bn1.load_state_dict(gate.norm.state_dict())
         block.conv2.load_state_dict(reader.conv.state_dict())
+        block.bn2 = ByWidth(reader.norms, torch.as_tensor(width) // 2)
         keep = torch.arange(8) < torch.as_tensor(width)[:, None]
         block.conv2.register_forward_pre_hook(lambda m, args, keep=keep: (args[0] * keep[:, :, None, None],))
     with torch.no_grad():
@@ -97,6 +110,37 @@ def test_rnp_trains_the_network_and_keeps_what_was_pruned():
     assert int((first.conv.weight == 0).sum()) >= 8 * 4 * 9
     dense = convolutional()
     assert not torch.equal(gated.model[4].weight, dense[4].weight)
+
+
+def test_rnp_has_a_norm_for_each_number_of_groups(rnp):
+    assert rnp.options["norms"] == [f"1.{i}.bn2" for i in range(4)]
+    block, x = convolutional()[1][0], torch.randn(9, 8, 4, 4, generator=torch.Generator().manual_seed(0))
+    widths = torch.tensor([0, 8, 2, 8, 2, 2, 8, 0, 8])
+    gate = GatedInput(block.conv2, Link(widths), block.bn2, groups=4).train()
+    y = gate(x)
+    for k in (0, 1, 4):
+        rows, norm = widths == 2 * k, copy.deepcopy(block.bn2).train()
+        masked = x[rows] * (torch.arange(8) < 2 * k)[:, None, None]
+        torch.testing.assert_close(y[rows], norm(block.conv2(masked)), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(gate.norms[k].running_var, norm.running_var)
+    assert torch.equal(gate.norms[3].running_var, block.bn2.running_var)
+
+
+def test_rnp_leaves_a_norm_alone_that_is_not_behind_the_second_convolution():
+    class Late(nn.Module):
+        """The output of the second convolution is read before the norm, too."""
+
+        def __init__(self):
+            super().__init__()
+            self.a, self.n, self.b, self.m = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 5, 1), nn.BatchNorm2d(5)
+
+        def forward(self, x):
+            y = self.b(torch.relu(self.n(self.a(x))))
+            return (self.m(y) + y).mean((2, 3))
+
+    gated = sc.dynamic(Late(), method="rnp", data=pictures(), **RNP)
+    assert gated.options["norms"] == []
+    assert type(gated.model.m) is nn.BatchNorm2d
 
 
 def test_rnp_says_what_it_cannot_do():

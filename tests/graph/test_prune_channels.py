@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+import secateur as sc
 from secateur.errors import LayerError, ModelError, RecipeError, UnknownName
 from secateur.graph import cut, make_plan, prune_channels, recut, trace
 from secateur.types import Plan
@@ -373,3 +374,40 @@ def test_grouped_convolutions(multiplier, width, groups, transposed, seed):
     )
     smaller, _ = prune_channels(model, torch.randn(1, 3, 5, 5), 0.5)
     assert smaller[0].out_channels < channels
+
+
+class Backbone(nn.Module):
+    """Returns features of two stages, of which the first are read inside as well, and a number of them all."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.norm, self.two = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 12, 3)
+
+    def forward(self, x):
+        early = self.norm(self.one(x)).relu()
+        late = self.two(early)
+        return {"early": early, "late": late, "both": late.mean()}
+
+
+def test_outputs_are_cut_when_that_is_asked_for_and_only_then(tmp_path):
+    torch.manual_seed(0)
+    model, x = Backbone().eval(), torch.randn(2, 3, 9, 9)
+    with pytest.raises(LayerError, match="output of the model"):
+        prune_channels(model, x, 0.5)
+    smaller, plan = prune_channels(model, x, 0.5, outputs=True)
+    found, whole = smaller(x), model(x)
+    assert found["early"].shape == (2, 4, 7, 7)
+    assert found["late"].shape == (2, 6, 5, 5)
+    kept = {c.tensor: list(c.kept) for c in plan.cuts if c.dim == 0}
+    assert torch.allclose(found["early"], whole["early"][:, kept["one.weight"]], atol=1e-6)
+    with torch.no_grad():
+        masked = whole["early"] * torch.isin(torch.arange(8), torch.tensor(kept["one.weight"]))[:, None, None]
+        late = model.two(masked)[:, kept["two.weight"]]
+    assert torch.allclose(found["late"], late, atol=1e-6)
+    assert torch.allclose(found["both"], late.mean(), atol=1e-6)
+    keys = {"pattern": {"name": "channel", "outputs": True}, "sparsity": 0.5, "example": x}
+    result = sc.prune(model, out=tmp_path / "run", **keys)
+    again = sc.load(tmp_path / "run", model=Backbone()).eval()
+    assert torch.equal(again(x)["late"], result.model(x)["late"])
+    budget = sc.plan(model, **{**keys, "sparsity": None, "budget": "50% MACs"}).budget
+    assert budget.promised <= budget.limit

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from secateur.errors import ModelError, RecipeError
-from secateur.measure.latency import compare_latency, latency
+from secateur.measure.latency import compare_latency, latency, module_shares
 
 
 class Sleeper(nn.Module):
@@ -100,3 +100,14 @@ def test_wrong_counts(wrong):
 def test_a_model_without_values():
     with pytest.raises(ModelError, match="meta device"):
         latency(nn.Linear(2, 2, device="meta"), torch.zeros(1, 2))
+
+
+def test_the_shares_of_modules_are_those_of_their_time():
+    model = nn.Sequential(Sleeper(0.006), nn.Sequential(Sleeper(0.002), Sleeper(0.004)), nn.Identity()).train()
+    shares = module_shares(model, torch.zeros(1, 2), ["0", "1", "1.1", "2"], runs=5)
+    assert shares["0"] == pytest.approx(0.5, abs=0.1)
+    assert shares["1"] == pytest.approx(0.5, abs=0.1)
+    assert shares["1.1"] == pytest.approx(0.33, abs=0.1)
+    assert shares["2"] < 0.1
+    assert model.training
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())

@@ -29,10 +29,15 @@ def test_chosen_rows_equal_torch(rows, columns, count, threshold, biased, act, i
     of_columns, of_rows = (torch.randn(columns, generator=g), torch.randn(rows, generator=g)) if biased else (None, None)
     zero_or = (lambda b: 0 if b is None else b) if biased else (lambda b: 0)
     torch.set_num_threads(threads)
-    y, kept = native.thin(z, weight, threshold, of_columns, isa)
+    y, kept = native.thin(z, weight, threshold, of_columns, isa=isa)
     large = z.abs() > torch.tensor(threshold)
     assert kept == int(large.sum())
     torch.testing.assert_close(y, (z * large) @ weight + zero_or(of_columns), rtol=1e-4, atol=1e-4)
+    centre, scale = torch.randn(rows, generator=g), torch.rand(rows, generator=g)
+    y, kept = native.thin(z, weight, threshold, of_columns, (centre, scale), isa)
+    large = (z - centre).abs() * scale > torch.tensor(threshold)
+    assert kept == int(large.sum())
+    torch.testing.assert_close(y, ((z - centre) * large) @ weight + zero_or(of_columns), rtol=1e-4, atol=1e-4)
     summed = native.combine(weight, index, factor, of_columns, isa)
     torch.testing.assert_close(summed, factor @ weight[index.long()] + zero_or(of_columns), rtol=1e-4, atol=1e-4)
     dots = native.gather(x, weight, index, of_rows, act, isa)
@@ -75,3 +80,5 @@ def test_what_does_not_fit_is_refused():
         native.thin(torch.ones(5).double(), weight, 0.0)
     with pytest.raises(LayerError, match="bias"):
         native.thin(torch.ones(5), weight, 0.0, torch.ones(5))
+    with pytest.raises(LayerError, match="centre and scale"):
+        native.thin(torch.ones(5), weight, 0.0, around=(torch.ones(5), torch.ones(3)))

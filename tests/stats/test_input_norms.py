@@ -19,6 +19,8 @@ CONVS = [
     (nn.Conv2d(4, 6, (3, 2), groups=2, bias=False), (5, 4, 7, 6)),
     (nn.Conv2d(4, 8, 3, groups=4, padding="same"), (5, 4, 7, 6)),
     (nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular"), (5, 4, 7, 6)),
+    (nn.Conv2d(4, 6, 1, stride=(2, 3)), (5, 4, 7, 6)),
+    (nn.Conv2d(4, 6, 1, padding=1, padding_mode="replicate"), (5, 4, 7, 6)),
     (nn.Conv3d(2, 3, 2, stride=2), (3, 2, 5, 4, 4)),
     (nn.ConvTranspose1d(4, 6, 3, stride=2), (3, 4, 5)),
     (nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, output_padding=1), (3, 4, 5, 4)),
@@ -66,6 +68,24 @@ def test_linear_sums_over_every_position():
     torch.testing.assert_close(found["1.weight"], model[0](x).detach().flatten(0, 1).norm(dim=0)[None])
 
 
+def test_layers_that_read_one_tensor_which_changes_in_between():
+    class Projections(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.k, self.v = (nn.Linear(4, 4) for _ in range(3))
+
+        def forward(self, x):
+            x = x.clone()
+            y = self.q(x) + self.k(x)
+            return y + self.v(x.mul_(2))
+
+    x = torch.randn(5, 7, 4)
+    found = norms(Projections(), [x])
+    expected = x.flatten(0, 1).norm(dim=0)[None]
+    for name, factor in (("q.weight", 1), ("k.weight", 1), ("v.weight", 2)):
+        torch.testing.assert_close(found[name], factor * expected)
+
+
 def test_padding_is_left_out():
     class Tokens(nn.Module):
         def __init__(self):
@@ -94,16 +114,17 @@ def test_padding_that_cannot_be_told_apart_is_noted():
     class Pools(nn.Module):
         def __init__(self):
             super().__init__()
-            self.fc = nn.Linear(4, 2)
+            self.fc, self.more = nn.Linear(4, 2), nn.Linear(4, 2)
 
         def forward(self, x, attention_mask):
-            return self.fc(x[:, ::2])
+            half = x[:, ::2]
+            return self.fc(half) + self.more(half)
 
     model = Pools()
     batch = {"x": torch.randn(2, 4, 4), "attention_mask": torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0]])}
     found = collect(model, find_layers(model)[0], {Need.INPUT_NORM}, batches=Batches([batch]))
     assert len(found.notes) == 1
-    assert "fc.weight" in found.notes[0]
+    assert "'fc.weight', 'more.weight'" in found.notes[0]
 
 
 @pytest.mark.parametrize("batch_first", [True, False])

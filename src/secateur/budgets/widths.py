@@ -62,7 +62,7 @@ class Widths:
             index, leaf = index[chosen], leaf[chosen]
             key = np.concatenate([[len(labels)], index, leaf]).tobytes()
             if key not in self._by_content:
-                made = Length(len(labels), index, self._owner[leaf], self._rank[leaf])
+                made = Length(len(labels), index.astype(np.int64), self._owner[leaf], self._rank[leaf])
                 self._by_content[key] = made if len(leaf) else len(labels)
             self._by_identity[id(labels)] = labels, self._by_content[key]  # kept alive, or its id would be given away
         return self._by_identity[id(labels)][1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -25,11 +26,12 @@ class Link:
 
 @dataclass(frozen=True)
 class Found:
-    """Names in the model: a convolution, its BatchNorm, and the convolution that reads its channels."""
+    """Names in the model: a convolution, its BatchNorm, the convolution that reads its channels, and its BatchNorm if any."""
 
     first: str
     norm: str
     second: str
+    after: str | None = None
 
 
 def find_pairs(model: nn.Module, groups: int) -> list[Found]:
@@ -46,7 +48,8 @@ def find_pairs(model: nn.Module, groups: int) -> list[Found]:
             (first, a), (norm, n), (second, b) = layers[at : at + 3]
             if _fits(a, n, b, groups):
                 prefix = f"{path}." if path else ""
-                found.append(Found(prefix + first, prefix + norm, prefix + second))
+                after = next((prefix + name for name, m in layers[at + 3 : at + 4] if _normalises(m, b)), None)
+                found.append(Found(prefix + first, prefix + norm, prefix + second, after))
                 at += 2
             at += 1
     return found
@@ -55,15 +58,18 @@ def find_pairs(model: nn.Module, groups: int) -> list[Found]:
 def _fits(first: nn.Module, norm: nn.Module, second: nn.Module, groups: int) -> bool:
     return (
         type(first) is nn.Conv2d
-        and type(norm) is nn.BatchNorm2d
         and type(second) is nn.Conv2d
-        and norm.track_running_stats
+        and _normalises(norm, first)
         and first.groups == second.groups == 1
         and first.padding_mode == second.padding_mode == "zeros"
         and not isinstance(first.padding, str)
-        and first.out_channels == norm.num_features == second.in_channels
+        and first.out_channels == second.in_channels
         and first.out_channels % groups == 0
     )
+
+
+def _normalises(norm: nn.Module, conv: nn.Module) -> bool:
+    return type(norm) is nn.BatchNorm2d and norm.track_running_stats and norm.num_features == conv.out_channels
 
 
 class ChannelGate(Gate):
@@ -119,12 +125,18 @@ class ChannelGate(Gate):
 
 
 class GatedInput(Gate):
-    """The convolution that reads the channels a `ChannelGate` put out: it multiplies only with those that were chosen."""
+    """The convolution that reads the channels a `ChannelGate` put out: it multiplies only with those that were chosen.
 
-    def __init__(self, conv: nn.Conv2d, link: Link):
+    A BatchNorm that normalises its output is inside, once for each number of groups: the sum over fewer channels has another
+    mean and variance (Yu et al. 2018, Slimmable Neural Networks, section 3.3, switchable batch normalization). In evaluation
+    mode it is folded into the convolution.
+    """
+
+    def __init__(self, conv: nn.Conv2d, link: Link, norm: nn.BatchNorm2d | None = None, groups: int = 1):
         super().__init__()
         self.conv, self.link = conv, link
-        self._slices: dict[int, Tensor] = {}
+        self.norms = nn.ModuleList() if norm is None else nn.ModuleList(copy.deepcopy(norm) for _ in range(groups + 1))
+        self._slices: dict[int, tuple[Tensor, Tensor | None]] = {}
 
     def set_budget(self, budget: float) -> None:
         """Nothing: the gate before it chooses."""
@@ -138,13 +150,16 @@ class GatedInput(Gate):
         """``[batch, widest choice, h, w]`` -> ``[batch, out, h', w']``."""
         conv, width = self.conv, self.link.width
         if self.training:
-            return conv(x * (torch.arange(x.shape[1], device=x.device) < torch.as_tensor(width)[:, None])[:, :, None, None])
+            widths = torch.as_tensor(width, device=x.device).expand(len(x))
+            y = conv(x * (torch.arange(x.shape[1], device=x.device) < widths[:, None])[:, :, None, None])
+            return self._normalised(y, widths) if len(self.norms) else y
 
         def run(rows: Tensor, width: int) -> Tensor:
+            weight, bias = self._slice(width)
             if not width:
                 empty = rows.new_zeros(len(rows), conv.out_channels, *_sizes(conv, rows))
-                return empty if conv.bias is None else empty + conv.bias[:, None, None]
-            return F.conv2d(rows[:, :width], self._slice(width), conv.bias, conv.stride, conv.padding, conv.dilation)
+                return empty if bias is None else empty + bias[:, None, None]
+            return F.conv2d(rows[:, :width], weight, bias, conv.stride, conv.padding, conv.dilation)
 
         y = by_width(run, x, width)
         if self.meter is not None:
@@ -153,9 +168,22 @@ class GatedInput(Gate):
             self.spend(widths * each, torch.full_like(widths, each * conv.in_channels))
         return y
 
-    def _slice(self, width: int) -> Tensor:
+    def _normalised(self, y: Tensor, widths: Tensor) -> Tensor:
+        """Each member by the norm of its width; statistics are those of the members of the batch that chose alike."""
+        out = torch.empty_like(y)
+        for width in widths.unique().tolist():
+            rows = widths == width
+            out[rows] = self._norm(width)(y[rows])
+        return out
+
+    def _norm(self, width: int) -> nn.BatchNorm2d:
+        return self.norms[width * (len(self.norms) - 1) // self.conv.in_channels]  # type: ignore[return-value]
+
+    def _slice(self, width: int) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias for the first `width` channels, the norm folded in."""
         if width not in self._slices:
-            self._slices[width] = self.conv.weight.detach()[:, :width].contiguous()
+            weight, bias = folded(self.conv, self._norm(width)) if len(self.norms) else (self.conv.weight, self.conv.bias)
+            self._slices[width] = weight.detach()[:, :width].contiguous(), None if bias is None else bias.detach()
         return self._slices[width]
 
 

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.data.batches import Batch, Batches, first_batches, forward
-from secateur.dynamic.channels import ChannelGate, GatedInput, Link, find_pairs, order_channels
+from secateur.data.batches import Batch, Batches, first_batches, forward, output_tensor, samples_of
+from secateur.dynamic.channels import ChannelGate, Found, GatedInput, Link, find_pairs, order_channels
 from secateur.dynamic.decider import ENDS, Decider
 from secateur.dynamic.gate import recording
 from secateur.dynamic.q_learning import join, learn, play
 from secateur.dynamic.registry import DYNAMIC
 from secateur.errors import ModelError, RecipeError
+from secateur.stats.replay import hooked
 from secateur.train.finetune import finetune
 from secateur.types import MaskSet
 
@@ -29,15 +30,16 @@ class Rnp:
 
     In every pair of convolutions inside a block (with a BatchNorm between them) the channels that pass from one to the
     other are split into `groups`; a decision network sees the pooled features and computes the first k of them, in both
-    convolutions. The network is trained for one epoch with its gates at random (SGD, cross-entropy), and then in turns: the
-    decision network learns by Q-learning with replay from `episodes` inputs that are played epsilon-greedily, and the
-    network is trained for an epoch with its gates as decided, one of ten at random, at prices of budgets from `lowest` to
-    1. The data must be batches of (inputs, labels).
+    convolutions. A BatchNorm behind the second is there once for each k. The network is trained for one epoch with its
+    gates at random (SGD, cross-entropy), and then in turns: the decision network learns by Q-learning with replay from
+    `episodes` inputs that are played epsilon-greedily, and the network is trained for an epoch with its gates as decided,
+    one of ten at random, at prices of budgets from `lowest` to 1. The data must be batches of (inputs, labels).
 
     Departures: k may be 0, and the block is then its shortcut alone; channels are put in the order of their weights first;
     the price is an input of the decision network, so that one network serves all budgets; the reward is counted from the
-    dense network's loss on the same input; returns are Peng's Q(lambda). Cost: `epochs` of training, in between as many
-    rounds of learning to decide, and at run time a decision for each pair.
+    dense network's loss on the same input; returns are Peng's Q(lambda); the norm for each k is that of Slimmable Neural
+    Networks (Yu et al. 2018). `norms` are found from the model and its first batch, and may be given instead. Cost:
+    `epochs` of training, in between as many rounds of learning to decide, and at run time a decision for each pair.
     """
 
     groups: int = 4
@@ -49,6 +51,7 @@ class Rnp:
     steps: int = 500
     lowest: float = 0.3
     seed: int = 0
+    norms: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         least = {"groups": 2, "epochs": 0, "hidden": 1, "episodes": 1, "steps": 1}
@@ -60,14 +63,15 @@ class Rnp:
         if not 0 < self.lowest < 1:
             raise RecipeError(f"rnp: lowest={self.lowest!r} is out of range: the lowest budget that is trained for, in (0, 1)")
 
+    def prepare(self, model: nn.Module, data: Batches) -> dict[str, Any]:
+        """The BatchNorms that read a second convolution which nobody else reads."""
+        one = next(iter(samples_of(next(iter(data)))))
+        after = [(found.second, found.after) for found in self._pairs(model) if found.after is not None]
+        return {"norms": [norm for conv, norm in after if _follows(model, conv, norm, one)]}
+
     def attach(self, model: nn.Module) -> nn.Module:
         """Both convolutions of every pair become gates, and the BatchNorm between them moves into the first."""
-        found = find_pairs(model, self.groups)
-        if not found:
-            raise ModelError(
-                f"rnp gates pairs of convolutions with a BatchNorm between them; a {type(model).__name__} has none whose "
-                f"channels split into {self.groups} groups"
-            )
+        found = self._pairs(model)
         pairs = [[model.get_submodule(name) for name in (f.first, f.norm, f.second)] for f in found]
         channels: list[Any] = [conv.in_channels for conv, _, _ in pairs]
         decider = Decider(channels, self.groups, self.hidden, self.lowest, self.seed)
@@ -75,8 +79,20 @@ class Rnp:
             link = Link()
             model.set_submodule(names.first, ChannelGate(first, norm, decider, index, link))  # type: ignore[arg-type]
             model.set_submodule(names.norm, nn.Identity())
-            model.set_submodule(names.second, GatedInput(second, link))  # type: ignore[arg-type]
+            after: Any = None
+            if names.after is not None and names.after in self.norms:
+                after = model.get_submodule(names.after)
+                model.set_submodule(names.after, nn.Identity())
+            model.set_submodule(names.second, GatedInput(second, link, after, self.groups))  # type: ignore[arg-type]
         return model
+
+    def _pairs(self, model: nn.Module) -> list[Found]:
+        if found := find_pairs(model, self.groups):
+            return found
+        raise ModelError(
+            f"rnp gates pairs of convolutions with a BatchNorm between them; a {type(model).__name__} has none whose "
+            f"channels split into {self.groups} groups"
+        )
 
     def calibrate(self, model: nn.Module, data: Batches) -> None:
         """Trains the model's own weights too."""
@@ -153,6 +169,19 @@ def frozen(module: nn.Module) -> Iterator[None]:
     finally:
         for parameter, needed in before:
             parameter.requires_grad_(needed)
+
+
+@torch.no_grad()
+def _follows(model: nn.Module, conv: str, norm: str, one: Batch) -> bool:
+    """Whether the model stays the same where the norm acts at once on what the convolution puts out, and not later."""
+    first, second = model.get_submodule(conv), model.get_submodule(norm)
+    dense, at_once = output_tensor(forward(model, one)), second.forward
+    handles = [
+        first.register_forward_hook(lambda _, args, out: at_once(out)),
+        second.register_forward_hook(lambda _, args, out: args[0]),
+    ]
+    with hooked(handles):
+        return torch.equal(output_tensor(forward(model, one)), dense)
 
 
 @torch.no_grad()

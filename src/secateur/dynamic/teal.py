@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -19,22 +20,25 @@ from secateur.progress import track
 from secateur.stats.blocks import within
 from secateur.stats.replay import Call, phase
 
-_SAMPLE = 1 << 18  #: magnitudes of a layer's inputs from which its quantiles are taken
+_SAMPLE = 1 << 18  #: inputs of a layer from which its centres and quantiles are taken
 _MOST = 0.95  #: sparsity beyond which the search raises no layer; from there on all go to 1 together
 
 
 @DYNAMIC.register("teal", source="Liu et al. 2024, Training-Free Activation Sparsity in Large Language Models, algorithm 1")
 @dataclass(frozen=True, kw_only=True)
 class Teal:
-    """Activations below a threshold count as zero in every linear layer of the repeated blocks; nothing is trained.
+    """Inputs that matter little are not read in any linear layer of the repeated blocks; nothing is trained.
 
-    A threshold is a quantile of the input's magnitudes on the calibration data. How sparse each layer of a block gets is
-    chosen greedily: again and again, the layer that adds the least error to the block's output for each multiply-add saved
-    gets `step` sparser. All blocks get the same budget. `positions` is how many positions the errors are measured on.
+    An input matters by its distance from its median on the calibration data, times the norm of the weights that read it; the
+    threshold is a quantile of that. How sparse each layer of a block gets is chosen greedily: again and again, the layer that
+    adds the least error to the block's output for each multiply-add saved gets `step` sparser. Then the blocks go their ways
+    together, next the one whose error grows least. `positions` is how many positions the errors are measured on.
 
-    The paper steps all layers by the same number of multiply-adds; here they step by the same sparsity and the error is
-    divided by what the step saves, and an error is measured again only when its turn comes. At batch 1 on a CPU, kernels of
-    our own read only the columns of the inputs that are left. Cost: some hundred runs of each block on `positions`.
+    Departures: the paper compares magnitudes alone and puts zero in their place (the norm of the weights is that of Chen et
+    al. 2025, WINA), gives all blocks the same budget, and steps all layers by the same number of multiply-adds; here they
+    step by the same sparsity and the error is divided by what the step saves. Errors are relative to the output of their
+    position, as a few positions are huge. An error is measured again only when its turn comes. At batch 1 on a CPU, kernels
+    of our own read only the columns of the inputs that are left. Cost: some hundred runs of each block on `positions`.
     """
 
     step: float = 0.1
@@ -58,34 +62,85 @@ class Teal:
         return model
 
     def calibrate(self, model: nn.Module, data: Batches) -> None:
-        """Quantiles of every gate, then the allocation within each block, block after block on dense inputs."""
+        """Quantiles of every gate, the allocation within each block, one after another on dense inputs, and between them."""
         for names in block_lists(model):
             blocks = [model.get_submodule(name) for name in names]
-            calls = recorded(model, names, data)
+            calls, ways = recorded(model, names, data), []
             for block in track(blocks, "blocks", len(blocks)):
                 gates = [m for m in block.modules() if isinstance(m, SparseInput)]
                 with phase(model, 0):  # which puts buffers back: what is learnt is written after it
-                    outputs, magnitudes = _seen(block, gates, calls)
-                for gate, seen in zip(gates, magnitudes, strict=True):
+                    outputs, samples = _seen(block, gates, calls)
+                for gate, seen in zip(gates, samples, strict=True):
                     gate.learn(seen)
                 with phase(model, 0):
-                    way = _allocation(block, gates, _some(calls, self.positions), self.step)
-                shares = [gate.macs / sum(g.macs for g in gates) for gate in gates]
-                total = [sum(w * s for w, s in zip(shares, point, strict=True)) for point in way]
-                for gate, own in zip(gates, zip(*way, strict=True), strict=True):
-                    gate.set_way(total, own)
+                    ways.append(_allocation(block, gates, _some(calls, self.positions), self.step))
                 for call, output in zip(calls, outputs, strict=True):
                     call.proceed(output)
+            _between_blocks(ways)
+
+
+@dataclass(frozen=True)
+class _Way:
+    """How a block gets sparser: after each step the sparsity of each of its gates, and the error of its output."""
+
+    gates: Sequence[SparseInput]
+    points: Sequence[tuple[float, ...]]
+    errors: Sequence[float]
+
+    @property
+    def macs(self) -> int:
+        """Dense multiply-adds of the gates for one position."""
+        return sum(gate.macs for gate in self.gates)
+
+    @property
+    def totals(self) -> list[float]:
+        """The block's sparsity after each step."""
+        return [sum(s * g.macs for s, g in zip(point, self.gates, strict=True)) / self.macs for point in self.points]
+
+
+def _between_blocks(ways: Sequence[_Way]) -> None:
+    """Let all blocks go their ways together, next the one whose error grows least for what it saves; gates learn the result."""
+    whole = sum(way.macs for way in ways)
+    steps = []
+    for block, way in enumerate(ways):
+        totals = way.totals
+        hull = _hull(totals[:-1], way.errors)
+        for low, high in pairwise(hull):
+            slope = (way.errors[high] - way.errors[low]) / ((totals[high] - totals[low]) * way.macs)
+            steps.append((slope, block, high))
+    at, model, met = [0] * len(ways), [0.0], [[0] for _ in ways]
+    for _, block, reached in [*sorted(steps), *((0.0, block, -1) for block in range(len(ways)))]:
+        at[block] = reached if reached >= 0 else len(ways[block].points) - 1
+        model.append(sum(way.totals[i] * way.macs for way, i in zip(ways, at, strict=True)) / whole)
+        for points, i in zip(met, at, strict=True):
+            points.append(i)
+    for way, points in zip(ways, met, strict=True):
+        for number, gate in enumerate(way.gates):
+            gate.set_way(model, [way.points[i][number] for i in points])
+
+
+def _hull(x: Sequence[float], y: Sequence[float]) -> list[int]:
+    """Numbers of the points on the lower convex hull of ``(x, y)``, x growing."""
+    found: list[int] = []
+    for i in range(len(x)):
+        while len(found) > 1 and _turn(x, y, found[-2], found[-1], i) <= 0:
+            found.pop()
+        found.append(i)
+    return found
+
+
+def _turn(x: Sequence[float], y: Sequence[float], a: int, b: int, c: int) -> float:
+    return (x[b] - x[a]) * (y[c] - y[a]) - (y[b] - y[a]) * (x[c] - x[a])
 
 
 def _seen(block: nn.Module, gates: Sequence[SparseInput], calls: Sequence[Call]) -> tuple[list[Tensor], list[Tensor]]:
-    """Outputs of the dense block on all calls, and for each gate a sample of the magnitudes of its inputs."""
+    """Outputs of the dense block on all calls, and for each gate a sample of its inputs, ``[n, in]``."""
     seen: dict[SparseInput, list[Tensor]] = {gate: [] for gate in gates}
     share = max(1, _SAMPLE // len(calls))
 
     def see(gate: SparseInput, x: Tensor) -> None:
-        values = x.abs().flatten()
-        seen[gate].append(values[:: max(1, values.numel() // share)].float())
+        step = max(1, x.numel() // share)
+        seen[gate].append(x[min(step // 2, len(x) - 1) :: step].float())  # not the first ones, which are unlike the others
 
     for gate in gates:
         gate.set_sparsity(0.0)
@@ -95,13 +150,16 @@ def _seen(block: nn.Module, gates: Sequence[SparseInput], calls: Sequence[Call])
     return outputs, [torch.cat(values) for values in seen.values()]
 
 
-def _allocation(block: nn.Module, gates: Sequence[SparseInput], calls: Sequence[Call], step: float) -> list[tuple[float, ...]]:
-    """The layers' sparsities from 0 to 1, raised greedily one at a time."""
+def _allocation(block: nn.Module, gates: Sequence[SparseInput], calls: Sequence[Call], step: float) -> _Way:
+    """The layers' sparsities from 0 to 1, raised greedily one at a time.
+
+    The error of a position counts relative to its output: what reads it is normalised, and a few positions are huge.
+    """
     wanted = [positions(call.run(block), call.mask) for call in calls]
 
     def error() -> float:
         pairs = zip(calls, wanted, strict=True)
-        return sum(float((positions(call.run(block), call.mask) - y).double().square().sum()) for call, y in pairs)
+        return sum(_relative(positions(call.run(block), call.mask), y) for call, y in pairs)
 
     def raised(gate: int) -> float:
         return min(_MOST, sparsity[gate] + step)
@@ -114,7 +172,7 @@ def _allocation(block: nn.Module, gates: Sequence[SparseInput], calls: Sequence[
 
     weights = [gate.macs / sum(g.macs for g in gates) for gate in gates]
     sparsity, now, turn = [0.0] * len(gates), 0.0, 0
-    way = [tuple(sparsity)]
+    points, errors = [tuple(sparsity)], [0.0]
     queue = [(growth(gate), gate, turn) for gate in range(len(gates))]
     heapq.heapify(queue)
     while queue:
@@ -126,11 +184,18 @@ def _allocation(block: nn.Module, gates: Sequence[SparseInput], calls: Sequence[
         now += max(grown, 0.0) * (raised(gate) - sparsity[gate]) * weights[gate]
         sparsity[gate] = raised(gate)
         gates[gate].set_sparsity(sparsity[gate])
-        way.append(tuple(sparsity))
+        points.append(tuple(sparsity))
+        errors.append(now)
         if sparsity[gate] < _MOST:
             heapq.heappush(queue, (grown, gate, -1))
-    way.append((1.0,) * len(gates))
-    return way
+    points.append((1.0,) * len(gates))
+    return _Way(gates, points, errors)
+
+
+def _relative(found: Tensor, wanted: Tensor) -> float:
+    """Sum over positions of the squared error, as a share of the squared norm."""
+    error = (found - wanted).double().square().sum(-1)
+    return float((error / wanted.double().square().sum(-1).clamp(min=1e-30)).sum())
 
 
 def _some(calls: Sequence[Call], count: int) -> list[Call]:

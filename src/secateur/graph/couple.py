@@ -26,8 +26,8 @@ log = logging.getLogger("secateur")
 class Coupler:
     """What rules see: labels of values, and the ways to tie, freeze and mark them."""
 
-    def __init__(self, recording: Recording):
-        self.recording = recording
+    def __init__(self, recording: Recording, *, cut_outputs: bool = False):
+        self.recording, self.cut_outputs = recording, cut_outputs
         self.labels = Labels()
         self.marks: list[tuple[Array, str]] = []  #: labels known to be heads or head dimensions
         self.equations: list[Equation] = []
@@ -38,10 +38,10 @@ class Coupler:
         self._given = {v for v in recording.values.values() if v.buffer}
 
     def run(self) -> None:
-        """Apply the rules to all operations, then freeze inputs and outputs and whatever sizes cannot follow."""
+        """Apply the rules to all operations, then freeze outputs, unless they may be cut, and whatever sizes cannot follow."""
         for node in self.recording.nodes:
             self._apply(node)
-        for value in self.recording.outputs:
+        for value in () if self.cut_outputs else self.recording.outputs:
             for own in self.labels_of(value):
                 self.labels.freeze(own, "it is an output of the model")
         for call in self.recording.sizes.calls:

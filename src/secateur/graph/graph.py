@@ -74,17 +74,17 @@ class Group:
 class Graph:
     """What `trace` found: groups of units, and the equations that sizes must obey."""
 
-    def __init__(self, model: nn.Module, recording: Recording):
+    def __init__(self, model: nn.Module, recording: Recording, *, cut_outputs: bool = False):
         self.recording = recording
-        coupler = Coupler(recording)
+        coupler = Coupler(recording, cut_outputs=cut_outputs)
         coupler.run()
         self.coupler = coupler
         self.unknown = {op: tuple(sorted(modules)) for op, modules in coupler.unknown.items()}
         self.notes = tuple(recording.notes)
         self._leaves = _Leaves(coupler.labels)
         self.classes = self._leaves.count  #: numbers of leaves are less than that
-        self._count_pairs: dict[int, tuple[Array, Array, Array]] = {}
-        self._expanded: dict[bytes, tuple[Array, Array]] = {}
+        self._count_pairs: dict[int, tuple[Array, Indices, Indices]] = {}
+        self._expanded: dict[bytes, tuple[Indices, Indices]] = {}
         self._groups_in: dict[bytes, list[int]] = {}
         self._classes: dict[str, Any] = {name: type(module) for name, module in model.named_modules()}
         self.links: dict[int, dict[str, tuple[str, ...]]] | None = None  #: what `links_of` found
@@ -182,7 +182,7 @@ class Graph:
                 return f"{text(left)} {symbol} {text(right)} in {module or 'the model itself'}, which would be {a} {symbol} {b}"
         return None
 
-    def leaves_of(self, labels: Array) -> tuple[Array, Array]:
+    def leaves_of(self, labels: Array) -> tuple[Indices, Indices]:
         """``(index, leaf)``: position `index` of `labels` goes when any of its leaves goes."""
         key = id(labels)
         if key not in self._count_pairs:
@@ -215,7 +215,7 @@ class Graph:
             reasons.update(dict.fromkeys(new.tolist(), reason))
             products = new[row[new] >= 0]
             if len(products):
-                children = factors[row[products]].reshape(-1)
+                children = factors[row[products]].reshape(-1).astype(np.int64)
                 pending.append((children[children >= 0], reason))
         return reasons
 
@@ -400,12 +400,12 @@ class _Leaves:
         number = np.empty(len(roots), np.int64)
         number[own] = np.arange(self.count)
         self.roots = number[roots]  #: the number of each label's class; KEPT stays 0
-        self.row = np.full(self.count, -1)
+        self.row: Indices = np.full(self.count, -1, np.int32)
         width = max((len(s.sizes) for s in labels.splits), default=1)
-        tables = [np.full((0, width), -1)]
+        tables = [np.full((0, width), -1, np.int32)]
         start = 0
         for s in labels.splits:
-            table = np.full((len(s.whole), width), -1)
+            table = np.full((len(s.whole), width), -1, np.int32)
             for j, column in enumerate(s.columns()):
                 table[:, j] = self.roots[column]
             whole = self.roots[s.whole]
@@ -415,12 +415,12 @@ class _Leaves:
         self.factors = np.concatenate(tables)
         self.row[KEPT] = -1
 
-    def expand(self, roots: Array) -> tuple[Array, Array]:
+    def expand(self, roots: Array) -> tuple[Indices, Indices]:
         """``(index, leaf)``: position `index` of representatives goes when any of its leaves goes."""
         if (self.row[roots] >= 0).any():
             return self._taken_apart(roots)[:2]
-        index = np.flatnonzero(roots != KEPT)
-        return index, roots[index]
+        index = np.flatnonzero(roots != KEPT).astype(np.int32)
+        return index, roots[index].astype(np.int32)
 
     def below(self, roots: Array) -> Array:
         """The leaves with which any of the representatives goes."""
@@ -433,30 +433,31 @@ class _Leaves:
     def pairs(self, columns: Sequence[Array]) -> _Pairs:
         """The pairs of columns of representatives, column after column."""
         sizes = [len(own) for own in columns]
-        at, leaf, path = (found.astype(np.int32) for found in self._taken_apart(np.concatenate(columns)))
+        at, leaf, path = self._taken_apart(np.concatenate(columns))
         column = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)[at]
         order = np.argsort(column, kind="stable")
         start = np.cumsum([0, *sizes[:-1]], dtype=np.int32)
         return _Pairs(leaf[order], column[order], (at - start[column])[order], path[order])
 
-    def _taken_apart(self, roots: Array) -> tuple[Array, Array, Array]:
+    def _taken_apart(self, roots: Array) -> tuple[Indices, Indices, Indices]:
         """``(index, leaf, role)`` of representatives."""
-        index, own, path = np.arange(len(roots)), roots, np.zeros(len(roots), np.int64)
-        done: list[tuple[Array, Array, Array]] = []
+        own, index = roots.astype(np.int32), np.arange(len(roots), dtype=np.int32)
+        path = np.zeros(len(roots), np.int32)
+        done: list[tuple[Indices, Indices, Indices]] = []
         for _ in range(8):
-            product = self.row[own] >= 0
-            done.append((index[~product], own[~product], path[~product]))
-            if not product.any():
+            at = self.row[own]
+            whole = np.flatnonzero((at < 0) & (own != KEPT))
+            done.append((index[whole], own[whole], path[whole]))
+            product = np.flatnonzero(at >= 0)
+            if not len(product):
                 break
-            children = self.factors[self.row[own[product]]]
-            column = np.broadcast_to(np.arange(children.shape[1]), children.shape)
-            real = children >= 0
-            index = np.broadcast_to(index[product][:, None], children.shape)[real]
-            path = (path[product][:, None] * 5 + 1 + column)[real]
-            own = children[real]
-        out = tuple(np.concatenate(c) for c in zip(*done, strict=True))
-        keep = out[1] != KEPT
-        return out[0][keep], out[1][keep], out[2][keep]
+            children = self.factors[at[product]]
+            real = np.flatnonzero(children >= 0)
+            parent, column = product[real // children.shape[1]], real % children.shape[1]
+            index, path = index[parent], path[parent] * 5 + 1 + column.astype(np.int32)
+            own = children.reshape(-1)[real]
+        columns = [np.concatenate(c) if len(done) > 1 else c[0] for c in zip(*done, strict=True)]
+        return columns[0], columns[1], columns[2]
 
 
 def distinct(values: _Integers) -> _Integers:
@@ -465,11 +466,11 @@ def distinct(values: _Integers) -> _Integers:
     return ordered[np.concatenate([[True], ordered[1:] != ordered[:-1]])] if len(ordered) else ordered
 
 
-def trace(model: nn.Module, example: Any) -> Graph:
+def trace(model: nn.Module, example: Any, *, cut_outputs: bool = False) -> Graph:
     """Record one forward of `model` on `example` without computing it, and find what can be cut together.
 
-    `example` is a tensor, a tuple of positional arguments or a mapping of keyword arguments. Raises ModelError where the
-    forward fails.
+    `example` is a tensor, a tuple of positional arguments or a mapping of keyword arguments. With `cut_outputs` what the model
+    returns may become narrower; otherwise it is never cut. Raises ModelError where the forward fails.
 
     >>> import torch
     >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -477,7 +478,7 @@ def trace(model: nn.Module, example: Any) -> Graph:
     [Group(0, neuron, 8 units of 0.weight:0, 0.bias:0, 2.weight:1)]
     """
     with _no_collection():
-        return Graph(model, record(model, example))
+        return Graph(model, record(model, example), cut_outputs=cut_outputs)
 
 
 @contextlib.contextmanager

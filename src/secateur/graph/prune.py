@@ -30,6 +30,7 @@ def prune_channels(
     min_width: int = 1,
     scope: Scope = "local",
     reduction: Reduction = "mean",
+    outputs: bool = False,
     verify: bool = True,
 ) -> tuple[nn.Module, Plan]:
     """A smaller copy of `model` with the fraction `sparsity` of its units removed, and the plan that was carried out.
@@ -37,7 +38,8 @@ def prune_channels(
     `scope` says whether units compete within their group (local), with those of groups that do the same in other blocks
     (isomorphic) or with all others (global). `kinds` are the kinds of
     units to remove (see `Group`), `ignore` names or shell patterns of parameters or modules to leave as they are, `round_to`
-    the multiple that widths are rounded to, and `reduction` how the saliencies of a unit's coupled slices make its score.
+    the multiple that widths are rounded to, and `reduction` how the saliencies of a unit's coupled slices make its score. With
+    `outputs` what the model returns may become narrower too.
     Unless `verify` is off, the result is compared on the example with the original in which the same units are masked.
     Raises RecipeError for a sparsity out of [0, 1), UnknownName where `ignore` matches nothing, LayerError where nothing can
     be cut, and ModelError where the forward fails or the comparison does.
@@ -47,7 +49,7 @@ def prune_channels(
     >>> smaller[0]
     Linear(in_features=4, out_features=4, bias=True)
     """
-    graph = trace(model, example)
+    graph = trace(model, example, cut_outputs=outputs)
     groups = choose_groups(graph, kinds, ignore)
     if not groups:
         reason = next((g.reason for g in graph.groups if g.reason and g.kind in kinds), "it has no units of these kinds")

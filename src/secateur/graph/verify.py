@@ -120,7 +120,10 @@ def _along(mask: Tensor, dim: int, ndim: int) -> Tensor:
 
 @torch.no_grad()
 def masked_output(model: nn.Module, graph: Graph, removed: NDArray[np.bool_], example: Any) -> list[Tensor]:
-    """All output tensors of `model` with what goes masked. `example` must have the shapes of the one that was traced."""
+    """All output tensors of `model` with what goes masked, and of outputs that are cut themselves only what is kept.
+
+    `example` must have the shapes of the one that was traced.
+    """
     tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     known = {value: tensors[name].detach().clone() for name, value in graph.recording.values.items()}
     given = [t.detach().clone() for t in pytree.tree_leaves(arguments(example)) if isinstance(t, Tensor)]
@@ -129,7 +132,11 @@ def masked_output(model: nn.Module, graph: Graph, removed: NDArray[np.bool_], ex
     for value, tensor in known.items():
         for dim, mask in replay.masks(value):
             tensor.masked_fill_(~_along(mask, dim, tensor.ndim), 0)
-    return replay.run(known)
+    outputs = replay.run(known)
+    for i, value in enumerate(graph.recording.outputs):
+        for dim, mask in replay.masks(value):
+            outputs[i] = outputs[i].index_select(dim, mask.nonzero().flatten())
+    return outputs
 
 
 @torch.no_grad()

@@ -21,7 +21,8 @@ class Units:
     makes the unit. (Criteria of whole units give a score for each tensor: ``together`` is their mean.)
     `normalize` divides the scores of a group by their ``mean`` or ``max``, so that groups compete on equal terms;
     ``none`` leaves them as they are. By default (``auto``) it is the mean under the allocation global, but for criteria that
-    are made to be compared between layers, as the scales of Network Slimming are, and nothing else.
+    are made to be compared between layers, as the scales of Network Slimming are, and nothing else. With `outputs` what the
+    model returns may become narrower as well: of a backbone, for instance, whose features others read.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Units:
     min_width: int = 1
     combine: str = "together"
     normalize: str = "auto"
+    outputs: bool = False
 
     @property
     def whole_blocks(self) -> bool:
@@ -50,17 +52,31 @@ class Units:
                 raise RecipeError(f"pattern {self.name!r}: {what} is one of {', '.join(known)}; got {given!r}")
 
 
-def channel(*, round_to: int = 1, min_width: int = 1, combine: str = "together", normalize: str = "auto") -> Units:
+def channel(
+    *,
+    round_to: int = 1,
+    min_width: int = 1,
+    combine: str = "together",
+    normalize: str = "auto",
+    outputs: bool = False,
+) -> Units:
     """Channels of convolutions and neurons of linear layers, cut out with all that depends on them: a smaller dense model."""
-    return Units("channel", ("channel", "neuron"), round_to, min_width, combine, normalize)
+    return Units("channel", ("channel", "neuron"), round_to, min_width, combine, normalize, outputs)
 
 
-def ffn(*, round_to: int = 1, min_width: int = 1, combine: str = "together", normalize: str = "auto") -> Units:
+def ffn(
+    *,
+    round_to: int = 1,
+    min_width: int = 1,
+    combine: str = "together",
+    normalize: str = "auto",
+    outputs: bool = False,
+) -> Units:
     """Feed-forward neurons, cut out: features between linear layers, as in the MLPs of transformers. Convolutions stay.
 
     The pattern ``neuron`` only masks them, which holds in any training loop but leaves the layer as wide as it was.
     """
-    return Units("ffn", ("neuron",), round_to, min_width, combine, normalize)
+    return Units("ffn", ("neuron",), round_to, min_width, combine, normalize, outputs)
 
 
 def head(*, min_width: int = 1, combine: str = "together", normalize: str = "auto") -> Units:
@@ -78,9 +94,16 @@ def head_dim(*, round_to: int = 1, min_width: int = 1, combine: str = "together"
     return Units("head_dim", ("head_dim",), round_to, min_width, combine, normalize)
 
 
-def width(*, round_to: int = 1, min_width: int = 1, combine: str = "together", normalize: str = "auto") -> Units:
+def width(
+    *,
+    round_to: int = 1,
+    min_width: int = 1,
+    combine: str = "together",
+    normalize: str = "auto",
+    outputs: bool = False,
+) -> Units:
     """Features of the residual stream, through the whole network."""
-    return Units("width", ("width",), round_to, min_width, combine, normalize)
+    return Units("width", ("width",), round_to, min_width, combine, normalize, outputs)
 
 
 def layer() -> Units:

@@ -178,21 +178,36 @@ def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry
 
 def gathers() -> bool:
     """Whether the extension has `thin`, `combine` and `gather`: it is installed, and no build from before them."""
-    return hasattr(_extension, "gather")
+    return hasattr(_extension, "thin_around")
 
 
-def thin(x: Tensor, weight: Tensor, threshold: float, bias: Tensor | None = None, isa: str = "") -> tuple[Tensor, int]:
+def thin(
+    x: Tensor,
+    weight: Tensor,
+    threshold: float,
+    bias: Tensor | None = None,
+    around: tuple[Tensor, Tensor] | None = None,
+    isa: str = "",
+) -> tuple[Tensor, int]:
     """``x @ weight + bias`` of one vector ``x [..., in]``, as if inputs up to `threshold` in magnitude were zero.
 
-    Their rows of ``weight [in, out]`` are not read; NaN counts as large. Returns ``[..., out]`` and how many rows were read.
+    Their rows of ``weight [in, out]`` are not read; NaN counts as large. `around` is a centre and a scale ``[in]``: then
+    ``x - centre`` is the vector, and its magnitudes times the scale are compared. Returns ``[..., out]`` and how many rows
+    were read.
     """
     rows, columns = _dense(weight)
     _check(x, bias, columns)
     if x.numel() != rows or x.shape[-1] != rows or not x.is_contiguous():
         raise LayerError(f"the weight {[rows, columns]} takes one contiguous vector [{rows}], got {list(x.shape)}")
     y = torch.empty(*x.shape[:-1], columns)
-    pointers = (weight.data_ptr(), rows, columns, x.data_ptr(), threshold, _address(bias), y.data_ptr())
-    return y, extension().thin(*pointers, torch.get_num_threads(), isa)
+    centre, scale = (None, None) if around is None else around
+    for given in around or ():
+        if given.dtype != torch.float32 or given.shape != (rows,) or not given.is_contiguous():
+            raise LayerError(
+                f"centre and scale of {rows} inputs must be float32 [{rows}], got {given.dtype} {list(given.shape)}"
+            )
+    pointers = (weight.data_ptr(), rows, columns, x.data_ptr(), threshold, _address(centre), _address(scale), _address(bias))
+    return y, extension().thin_around(*pointers, y.data_ptr(), torch.get_num_threads(), isa)
 
 
 def combine(weight: Tensor, index: Tensor, factor: Tensor, bias: Tensor | None = None, isa: str = "") -> Tensor:

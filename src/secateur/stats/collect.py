@@ -50,6 +50,7 @@ def collect(
     loss: Loss | None = None,
     seed: int = 0,
     example: Batch | None = None,
+    reads: Reads | None = None,
 ) -> Calibration:
     """The statistics `needs` of `layers`, from one loop over `batches`; HESSIAN_GRAD takes a second.
 
@@ -58,7 +59,7 @@ def collect(
     batch's samples, by default the model's own or cross-entropy; gradients are means over samples, so that for such a loss
     nothing depends on how samples are batched. A loss that is a mean over tokens weights tokens by batch. Padding
     (``attention_mask``) is left out of input norms and Gram matrices, wherever tokens stand among image positions. `example`
-    serves SYNFLOW_GRAD where there are no batches.
+    serves SYNFLOW_GRAD where there are no batches. `reads` is `reads_of` the model and batches, where that is known.
 
     ``weight`` of the result is a view of the parameter (a float32 copy of other types), so it follows later changes.
 
@@ -81,7 +82,8 @@ def collect(
         if layers and any(need.data for need in wanted):
             assert batches is not None
             sizes = [size_of(batch) for batch in batches] if Need.GRAD_SAMPLES in wanted else []
-            reads = reads_of(model, batches, seed) if wanted & {Need.INPUT_NORM, Need.GRAM} else None
+            if reads is None and wanted & {Need.INPUT_NORM, Need.GRAM}:
+                reads = reads_of(model, batches, seed)
             one_pass = _Pass(model, layers, wanted, loss or default_loss, sizes, reads)
             samples = one_pass.run(batches)
             found |= one_pass.results(batches)

@@ -105,9 +105,12 @@ def _convolution(call: Call) -> Tensor:
     if slim:
         shape[1 if transposed else 0] = 1 if transposed else groups
     x = call.first().detach()
-    x = x.to(torch.promote_types(x.dtype, torch.float32)).square()
-    if x.dim() == module.weight.dim():  # it is linear in x^2, so one sample can stand for all
-        x = x.sum(0, keepdim=True)
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    batched = x.dim() == module.weight.dim()
+    x = _squares(x) if batched else x.square()  # it is linear in x^2, so one sample can stand for all
+    if slim and batched and groups == 1 and not transposed and _pointwise(module):
+        steps = tuple(slice(None, None, s) for s in module.stride)
+        return x[(slice(None), slice(None), *steps)].sum(tuple(range(2, x.dim())), keepdim=True, dtype=torch.float64)
     probe = torch.ones(shape, dtype=x.dtype, device=x.device, requires_grad=True)
     replaced = [(module.weight, probe)]
     if module.bias is not None:
@@ -125,6 +128,19 @@ def _convolution(call: Call) -> Tensor:
     if slim and groups > 1 and not transposed:
         sums = sums.repeat_interleave(module.weight.shape[0] // groups, dim=0)
     return sums.double()
+
+
+def _squares(x: Tensor) -> Tensor:
+    """Sum of squares over the first dimension, which stays: sample by sample, so that the sum stays in the cache."""
+    total = x.new_zeros(1, *x.shape[1:])
+    for one in x:
+        total.addcmul_(one, one)
+    return total
+
+
+def _pointwise(module: nn.Module) -> bool:
+    """Whether every weight meets each position once, or each position of a stride."""
+    return set(module.kernel_size) == {1} and set(module.padding) == {0}  # type: ignore[arg-type]
 
 
 def _attention_input(call: Call) -> Tensor:

@@ -43,13 +43,17 @@ class Reads:
     modalities: Mapping[str, frozenset[str]]
     joined: Mapping[int, Row]
 
+    def reaching(self, names: Collection[str]) -> frozenset[str]:
+        """The modalities that reach any of the parameters `names`."""
+        return frozenset().union(*(self.modalities.get(n, frozenset()) for n in names))
+
     def positions(self, names: Collection[str], seen: tuple[int, ...], mask: Tensor) -> Tensor | None:
         """Of the token mask ``[batch, tokens]`` the one for an input of the parameters `names`; None = nothing is padding.
 
         `seen` is the input's shape. What reads only pixels has no tokens to leave out. Tokens that were joined to image
         positions are found where they stand; a mask that does not fit is handed back as it is, for the caller to say so.
         """
-        found = frozenset().union(*(self.modalities.get(n, frozenset()) for n in names))
+        found = self.reaching(names)
         if found and "text" not in found:
             return None
         extra = seen[1] - mask.shape[1] if len(seen) >= 3 else 0

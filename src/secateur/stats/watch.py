@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -23,10 +24,20 @@ T = TypeVar("T")
 _reading: ContextVar[bool] = ContextVar("reading", default=False)
 
 
+@dataclass
+class Last:
+    """The tensor whose squares were summed last, and the sums: queries, keys and values mostly read the same one."""
+
+    of: tuple[Any, ...] = ()  #: the tensor, its version, and the modalities of who read it
+    sums: Tensor = field(default_factory=lambda: torch.empty(0))
+    unmasked: bool = False  #: as of a `Call`
+
+
 class Call:
     """One call of a module: its arguments, and the padding mask of the batch it belongs to.
 
     Where a model reads more than tokens, `reads` knows which positions of what reaches the parameters `names` are tokens.
+    Calls of one forward pass share `last`.
     """
 
     def __init__(
@@ -37,9 +48,10 @@ class Call:
         mask: Tensor | None,
         reads: Reads | None = None,
         names: Sequence[str] = (),
+        last: Last | None = None,
     ):
         self.module, self.args, self.kwargs, self.mask = module, args, dict(kwargs), mask
-        self._reads, self._names = reads, names
+        self._reads, self._names, self._last = reads, names, last or Last()
         self.unmasked = False  #: whether an input with a positions dimension did not line up with the mask
 
     def argument(self, index: int, name: str) -> Any:
@@ -53,7 +65,13 @@ class Call:
     def squares(self, features: Tensor | PackedSequence) -> Tensor:
         """Sum of squares of ``[..., features]`` over everything but the last dimension, padding left out. float64."""
         data = features.data if isinstance(features, PackedSequence) else features
-        return torch.linalg.vector_norm(self.rows(data), dim=0, dtype=torch.float64).square()
+        modalities = frozenset() if self._reads is None else self._reads.reaching(self._names)
+        last = self._last
+        if not last.of or last.of[0] is not data or last.of[1:] != (data._version, modalities):
+            sums = torch.linalg.vector_norm(self.rows(data), dim=0, dtype=torch.float64).square()
+            last.of, last.sums, last.unmasked = (data, data._version, modalities), sums, self.unmasked
+        self.unmasked |= last.unmasked
+        return last.sums
 
     def rows(self, data: Tensor) -> Tensor:
         """``[..., features]`` as ``[n, features]``, padding left out."""
@@ -128,9 +146,9 @@ class Watcher(ABC, Generic[T]):
     @contextmanager
     def recording(self, batch: Batch) -> Iterator[None]:
         """Hooks on for one forward pass of `batch`; off afterwards, whatever happens."""
-        mask = token_mask(batch)
+        mask, last = token_mask(batch), Last()
         handles = [
-            module.register_forward_pre_hook(self._hook(layer, reader, mask), with_kwargs=True)
+            module.register_forward_pre_hook(self._hook(layer, reader, mask, last), with_kwargs=True)
             for module, layer, reader in self._sources
         ]
         try:
@@ -139,11 +157,11 @@ class Watcher(ABC, Generic[T]):
             for handle in handles:
                 handle.remove()
 
-    def _hook(self, layer: str, reader: Callable[[Call], T | None], mask: Tensor | None) -> Callable[..., None]:
+    def _hook(self, layer: str, reader: Callable[[Call], T | None], mask: Tensor | None, last: Last) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if _reading.get():
                 return
-            call = Call(module, args, kwargs, mask, self._reads, self._names[layer])
+            call = Call(module, args, kwargs, mask, self._reads, self._names[layer], last)
             token = _reading.set(True)
             try:
                 read = reader(call)

@@ -137,7 +137,7 @@ class CutUnits:
         self._model, self._recipe, self._units = model, recipe, units
         self._example, self._arguments = example, arguments_of(example)
         self.target = check_sparsity(recipe.sparsity)
-        self._graph = trace(model, self._arguments)
+        self._graph = trace(model, self._arguments, cut_outputs=units.outputs)
         self._groups = units_to_cut(self._graph, recipe, units)
         members = {m.tensor for g in self._groups for m in g.members}
         self.layers = {n: la for n, la in find_layers(model)[0].items() if n in members}

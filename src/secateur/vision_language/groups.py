@@ -25,10 +25,11 @@ def find_groups(
     batch: Batch | None,
     *,
     seed: int = 0,
+    reads: Reads | None = None,
 ) -> dict[str, tuple[str, ...]]:
     """The layers `names` by group: by modality where `wanted` is ``"modality"``, else as its patterns of names say.
 
-    Layers that no pattern names are a group of their own, ``other``.
+    Layers that no pattern names are a group of their own, ``other``. `reads` is what is known of `batch` already.
 
     Raises RecipeError where no batch is there to follow, where all layers are of one modality, and for a layer of two groups;
     UnknownName for a pattern that matches nothing; DataError where an input is missing.
@@ -36,7 +37,7 @@ def find_groups(
     if isinstance(wanted, str):
         if batch is None:
             raise RecipeError("groups='modality' follows a batch through the model: pass data= or example=, or name the groups")
-        return modality_groups(model, names, batch, seed=seed)
+        return modality_groups(model, names, batch, seed=seed, reads=reads)
     owner: dict[str, str] = {}
     for group, patterns in wanted.items():
         for pattern in patterns:
@@ -49,14 +50,16 @@ def find_groups(
     return _gathered(names, owner)
 
 
-def modality_groups(model: nn.Module, names: Collection[str], batch: Batch, *, seed: int = 0) -> dict[str, tuple[str, ...]]:
+def modality_groups(
+    model: nn.Module, names: Collection[str], batch: Batch, *, seed: int = 0, reads: Reads | None = None
+) -> dict[str, tuple[str, ...]]:
     """The layers `names` by what they read in `batch`: ``vision``, ``text``, ``fusion`` where both, ``other`` where neither.
 
     A block (a member of a module list) that reads several modalities is of ``fusion`` as a whole, so that the queries of a
     cross-attention are not compared with other layers than its keys. Raises DataError where the batch lacks an input, and
     RecipeError where there is one modality only.
     """
-    reads = find_reads(model, batch, seed=seed)
+    reads = find_reads(model, batch, seed=seed) if reads is None else reads
     if not is_multimodal(batch):
         check_called(model, names, reads, batch)
         what = ", ".join(inputs_by_modality(batch)) or "no modality that is known by name or type"
