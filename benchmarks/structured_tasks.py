@@ -164,13 +164,25 @@ def pooled(model: nn.Module, batch: Any) -> Tensor:
     return F.normalize((tokens * mask).sum(1) / mask.sum(1), dim=1)
 
 
-def minilm(quick: bool) -> Task:
+def paragraphs() -> list[str]:
+    """Lines of WikiText-2's validation text."""
+    return (asset("wikitext2") / "valid.txt").read_text(encoding="utf-8").split("\n")
+
+
+def sentences() -> list[str]:
+    """Whole sentences of SST-2's training text, without their labels: those that end in a full stop."""
+    lines = (asset("sst2") / "train.tsv").read_text(encoding="utf-8").split("\n")[1:]
+    found = dict.fromkeys(line.partition("\t")[0].strip() for line in lines)
+    return [sentence for sentence in found if sentence.endswith(" .")]
+
+
+def minilm(quick: bool, text: Callable[[], list[str]] = paragraphs) -> Task:
     """all-MiniLM-L6-v2, of which attention heads and feed-forward neurons are cut."""
     import minilm as example
     import stsb
 
     model = example.make().model.eval()
-    lines = [f.strip() for f in (asset("wikitext2") / "valid.txt").read_text(encoding="utf-8").split("\n")]
+    lines = [line.strip() for line in text()]
     lines = [line for line in lines if len(line.split()) > 8][: 64 if quick else 512]
     lines = [lines[i] for i in np.random.default_rng(0).permutation(len(lines))]
     batches = [
@@ -204,8 +216,8 @@ def minilm(quick: bool) -> Task:
 
     length = torch.ones(1, 32, dtype=torch.long)
     return Task(
-        name="minilm",
-        title="all-MiniLM-L6-v2 on STS-B",
+        name="minilm" if text is paragraphs else "minilm_sentences",
+        title=f"all-MiniLM-L6-v2 on STS-B, calibrated on {text.__name__}",
         model=model,
         example={"input_ids": length, "attention_mask": length},
         data=taught,
@@ -217,10 +229,11 @@ def minilm(quick: bool) -> Task:
         loss=loss,
         notes=(
             "Attention heads and feed-forward neurons are cut, the same fraction of each. Figures are Spearman's correlation "
-            "times 100 on the 1,379 test pairs. Calibration and fine-tuning: 512 lines of WikiText-2's validation text, in "
-            "batches of 32; the loss, of Taylor and of fine-tuning, asks that each line's vector be nearest to the one the "
-            "dense network gives it, among the lines of the batch; two epochs of AdamW, learning rate 0.0001 along a cosine. "
-            "Multiply-adds are counted on 32 tokens."
+            "times 100 on the 1,379 test pairs. Calibration and fine-tuning: 512 "
+            + ("lines of WikiText-2's validation text" if text is paragraphs else "sentences of SST-2's training text")
+            + ", in batches of 32; the loss, of Taylor and of fine-tuning, asks that each line's vector be nearest to the one "
+            "the dense network gives it, among the lines of the batch; two epochs of AdamW, learning rate 0.0001 along a "
+            "cosine. Multiply-adds are counted on 32 tokens."
         ),
     )
 
@@ -230,4 +243,5 @@ TASKS: Mapping[str, Callable[[bool], Task]] = {
     "resnet20": lambda quick: resnet(20, quick),
     "efficientnet": efficientnet,
     "minilm": minilm,
+    "minilm_sentences": lambda quick: minilm(quick, sentences),
 }

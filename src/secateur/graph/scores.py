@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -65,11 +66,17 @@ def _fold(units: int, members: Iterable[Member], saliency: _Saliency, reduction:
         values = saliency.along(member.tensor, member.dim)
         if values is None:
             continue
-        owner, values = torch.from_numpy(member.units), values[torch.from_numpy(member.indices)]
+        number = np.arange(len(values))
+        one_each = len(values) == units and (member.indices == number).all() and (member.units == number).all()
+        owner = torch.from_numpy(member.units)
+        values = values if one_each else values[torch.from_numpy(member.indices)]
         if reduction == "max":
             total = total.scatter_reduce(0, owner, values, "amax")
+        elif one_each:
+            total += values
         else:
             total.index_add_(0, owner, values)
+        if reduction != "max":
             elements += saliency.slice_size(member.tensor, member.dim) * len(values) / units
     if reduction == "l2":
         return total.sqrt()
@@ -87,7 +94,7 @@ class _Saliency:
     """
 
     def __init__(self, model: nn.Module, scores: Scores, reduction: Reduction, wanted: Collection[tuple[str, bool]]):
-        self.layers, _ = find_layers(model)
+        self.layers = {} if scores == "l1" else find_layers(model)[0]
         self.tensors = dict(model.named_parameters(remove_duplicate=False))
         self.scores, self.reduction, self.wanted = scores, reduction, wanted
         self._found: dict[tuple[str, int], Tensor | None] = {}
