@@ -160,13 +160,10 @@ def page(rows: dict[str, Any]) -> list[str]:
     for method in METHODS:
         for sparsity in SPARSITIES:
             key = f"{method} {1 - sparsity:.2f}"
-            if key not in rows:
-                continue
-            row = rows[key]
-            worse = row["perplexity"] / dense - 1
-            first = [method, f"{sparsity:.0%}", f"{row['perplexity']:.2f}", f"{worse:+.1%}", f"{row['computed']:.1%}"]
-            first.append(f"{row['calibration_s']:.0f}")
             timed = [k for k in rows if k.startswith(f"speed {key} ")]
+            if key not in rows and not timed:
+                continue
+            first = [method, f"{sparsity:.0%}", *(judged(rows[key], dense) if key in rows else ["not yet", "-", "-", "-"])]
             for place, name in enumerate(sorted(timed)):
                 t = rows[name]
                 ms = [
@@ -179,6 +176,12 @@ def page(rows: dict[str, Any]) -> list[str]:
             if not timed:
                 cells.append([*first, *["-"] * 5])
     return [*lines, *table(head, cells), "", *nothing_skipped(rows)]
+
+
+def judged(row: dict[str, Any], dense: float) -> list[str]:
+    """Perplexity, how much worse that is, what was computed, and the seconds of calibration."""
+    worse = row["perplexity"] / dense - 1
+    return [f"{row['perplexity']:.2f}", f"{worse:+.1%}", f"{row['computed']:.1%}", f"{row['calibration_s']:.0f}"]
 
 
 def nothing_skipped(rows: dict[str, Any]) -> list[str]:

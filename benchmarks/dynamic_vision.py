@@ -78,7 +78,8 @@ class Bench:
             rest = whole - float(costs.dense[0])
             shares = (costs.computed + rest) / whole
             spread = torch.quantile(shares, torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95], dtype=torch.float64)).tolist()
-            self.rows.keep(f"{key}/{budget}", {"quality": quality, "macs": float(shares.mean()), "spread": spread})
+            row = {"quality": quality, "macs": float(shares.mean()), "spread": spread}
+            self.rows.keep(f"{key}/{budget}", {**row, "norms": True} if gated.options.get("norms") else row)
 
 
 def resnet(bench: Bench, depth: int) -> None:
