@@ -18,7 +18,7 @@ from typing import Any
 from conditions import ROOT, Rows, conditions, show, table
 from efficientnet import accuracy, run
 
-SOLVERS = ("keep", "least-squares", "sparsegpt", "admm", "alps", "alps:damp=0.1", "sparsegpt:damp=0.1")
+SOLVERS = ("keep", "least-squares", "sparsegpt", "admm", "alps", "alps?damp=0.1", "sparsegpt?damp=0.1")
 ALLOCATIONS = ("uniform", "lamp", "global", "dynamic")
 SPARSITIES = (0.5, 0.7)
 NORMALISATIONS = ("imagenet", "own")
