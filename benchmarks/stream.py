@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 
 import torch
-from conditions import conditions, table
+from conditions import conditions, show, table
 
 HIDDEN, INTERMEDIATE, HEADS, VOCABULARY = 4096, 11008, 32, 32000
 SHARD = 2 << 30
@@ -38,9 +38,11 @@ def block_shapes(index: int) -> dict[str, tuple[int, ...]]:
 
 def make(folder: Path, gigabytes: float) -> float:
     """Write the checkpoint; its size in GB."""
-    import transformers
-
     from secateur.export.container import Part, write
+    from secateur.models.torchvision_shim import prepare_torchvision
+
+    prepare_torchvision()
+    import transformers
 
     ends = {"model.embed_tokens.weight": (VOCABULARY, HIDDEN), "lm_head.weight": (VOCABULARY, HIDDEN)}
     ends["model.norm.weight"] = (HIDDEN,)
@@ -95,6 +97,7 @@ def main() -> None:
     parser.add_argument("--criterion", default="wanda")
     parser.add_argument("--tokens", type=int, default=64, help="of each of two calibration sequences")
     parser.add_argument("--kill-after", type=float, default=60, help="seconds after which the first process is killed")
+    parser.add_argument("--out", type=Path, help="write the page there")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
     place = given.folder / "secateur-stream"
@@ -117,8 +120,10 @@ def main() -> None:
         found = json.loads(done.stdout.splitlines()[-1])
         head = ("checkpoint GB", "cap GB", "peak GB", "blocks done at the kill", "seconds after it", "CPU seconds")
         row = (f"{size:.1f}", f"{given.cap:g}", f"{found['peak']:.2f}", str(kept), f"{time.monotonic() - begun:.0f}")
-        print("\n".join(table(head, [(*row, f"{found['cpu']:.0f}")])))
-        print(conditions(torch.get_num_threads(), "seed 0", time.monotonic() - started))
+        figures = table(head, [(*row, f"{found['cpu']:.0f}")])
+        page = ["# A checkpoint larger than memory", "", " ".join((__doc__ or "").split("\n\n")[2].split()), ""]
+        page += [f"Criterion {given.criterion}, pattern 2:4, two sequences of {given.tokens} tokens.", "", *figures, ""]
+        show([*page, conditions(torch.get_num_threads(), "seed 0", time.monotonic() - started)], given.out)
     finally:
         shutil.rmtree(place, ignore_errors=True)
 

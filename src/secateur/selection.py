@@ -133,8 +133,8 @@ class Scores(Mapping[str, UnitScores]):
         previous: MaskSet | None = None,
         prefer: Prefer = stays_removed,
     ):
-        self._layers, self._stats, self._method, self._previous, self._prefer = layers, stats, method, previous, prefer
-        self._units = {n: self._make(n) for n in layers}
+        masks: Mapping[str, Tensor] = previous or {}
+        self._units = {n: _units(layer, stats[n], method, masks.get(n), prefer) for n, layer in layers.items()}
 
     def __getitem__(self, name: str) -> UnitScores:
         return self._units[name]
@@ -145,43 +145,42 @@ class Scores(Mapping[str, UnitScores]):
     def __len__(self) -> int:
         return len(self._units)
 
-    def _make(self, name: str) -> UnitScores:
-        shape = self._layers[name].shape
-        folded = self._method.pattern.fold(torch.empty(shape, device="meta"))
-        groups, units, elements = folded.shape
-        compute, weigh = functools.partial(self._compute, name), functools.partial(self._weigh, name)
-        return UnitScores(name, shape, groups, units, elements, compute, self._stats[name].curve, weigh)
 
-    @torch.no_grad()
-    def _compute(self, name: str) -> Tensor:
-        method, layer = self._method, self._layers[name]
-        saliency = method.criterion(self._stats[name])
-        if saliency.shape != layer.shape:
-            raise LayerError(
-                f"criterion {method.criterion_name!r} gave shape {tuple(saliency.shape)} for the weight {name!r} "
-                f"of shape {tuple(layer.shape)}"
-            )
-        scores = reduce(method.pattern.fold(saliency), method.reduction).float()
-        self._check(name, scores)
-        return self._preferred(name, scores)
+def _units(layer: Layer, stats: LayerStats, method: Method, mask: Tensor | None, prefer: Prefer) -> UnitScores:
+    """What is asked for later holds the layer and its statistics alone: they go with it, and need no garbage collector."""
+    groups, units, elements = method.pattern.fold(torch.empty(layer.shape, device="meta")).shape
+    after = functools.partial(_preferred, layer, method, mask, prefer)
+    compute = functools.partial(_scores, layer, stats, method, after)
+    weigh = functools.partial(_magnitudes, stats, method, after)
+    return UnitScores(layer.name, layer.shape, groups, units, elements, compute, stats.curve, weigh)
 
-    @torch.no_grad()
-    def _weigh(self, name: str) -> Tensor:
-        magnitudes = self._method.pattern.fold(self._stats[name].weight.abs())
-        return self._preferred(name, reduce(magnitudes, "sum").float())
 
-    def _preferred(self, name: str, scores: Tensor) -> Tensor:
-        """The scores with what `prefer` makes of units that were removed before."""
-        if self._previous is not None and name in self._previous:
-            mask = self._layers[name].canonical(self._previous[name]).to(scores.device)
-            scores = self._prefer(scores, self._method.pattern.fold(mask).any(2))
+@torch.no_grad()
+def _scores(layer: Layer, stats: LayerStats, method: Method, after: Callable[[Tensor], Tensor]) -> Tensor:
+    saliency = method.criterion(stats)
+    if saliency.shape != layer.shape:
+        raise LayerError(
+            f"criterion {method.criterion_name!r} gave shape {tuple(saliency.shape)} for the weight {layer.name!r} "
+            f"of shape {tuple(layer.shape)}"
+        )
+    scores = reduce(method.pattern.fold(saliency), method.reduction).float()
+    low, high = torch.aminmax(scores)
+    if not (torch.isfinite(low) and torch.isfinite(high)):
+        what = f"the scores of {layer.name!r} by criterion {method.criterion_name!r}"
+        raise NonFiniteError(non_finite_message(what, scores))
+    return after(scores)
+
+
+@torch.no_grad()
+def _magnitudes(stats: LayerStats, method: Method, after: Callable[[Tensor], Tensor]) -> Tensor:
+    return after(reduce(method.pattern.fold(stats.weight.abs()), "sum").float())
+
+
+def _preferred(layer: Layer, method: Method, mask: Tensor | None, prefer: Prefer, scores: Tensor) -> Tensor:
+    """The scores with what `prefer` makes of units that were removed before."""
+    if mask is None:
         return scores
-
-    def _check(self, name: str, scores: Tensor) -> None:
-        low, high = torch.aminmax(scores)
-        if not (torch.isfinite(low) and torch.isfinite(high)):
-            what = f"the scores of {name!r} by criterion {self._method.criterion_name!r}"
-            raise NonFiniteError(non_finite_message(what, scores))
+    return prefer(scores, method.pattern.fold(layer.canonical(mask).to(scores.device)).any(2))
 
 
 def choose(
