@@ -122,7 +122,8 @@ def main() -> None:
         row = (f"{size:.1f}", f"{given.cap:g}", f"{found['peak']:.2f}", str(kept), f"{time.monotonic() - begun:.0f}")
         figures = table(head, [(*row, f"{found['cpu']:.0f}")])
         page = ["# A checkpoint larger than memory", "", " ".join((__doc__ or "").split("\n\n")[2].split()), ""]
-        page += [f"Criterion {given.criterion}, pattern 2:4, two sequences of {given.tokens} tokens.", "", *figures, ""]
+        data = "no data" if given.criterion == "magnitude" else f"two sequences of {given.tokens} tokens"
+        page += [f"Criterion {given.criterion}, pattern 2:4, {data}.", "", *figures, ""]
         show([*page, conditions(torch.get_num_threads(), "seed 0", time.monotonic() - started)], given.out)
     finally:
         shutil.rmtree(place, ignore_errors=True)
