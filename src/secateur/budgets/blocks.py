@@ -67,8 +67,9 @@ def cost_of_blocks(model: nn.Module, graph: Graph, names: Sequence[str], unit: s
     """What `model` costs in ``params``, ``bytes`` or ``MACs`` without some of the blocks `names`, as `sc.measure` counts it."""
     if unit == "MACs":
         each = [multiply_adds(node) for node in graph.recording.nodes]
-        inside = {c.module: sum(each[c.first : c.last]) for c in graph.recording.calls if c.module in set(names)}
-        return lambda gone: sum(each) - sum(inside[name] for name in gone)
+        whole, wanted = sum(each), set(names)
+        inside = {c.module: sum(each[c.first : c.last]) for c in graph.recording.calls if c.module in wanted}
+        return lambda gone: whole - sum(inside[name] for name in gone)
     tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     if unit == "bytes":
         tensors |= dict(model.named_buffers(remove_duplicate=False))

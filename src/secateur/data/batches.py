@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from secateur.errors import DataError, NonFiniteError
+
+T = TypeVar("T")
 
 #: A tensor; a tuple ``(inputs, labels)``; or a mapping of keyword arguments (a Hugging Face encoding is one).
 Batch = Any
@@ -125,15 +127,24 @@ def size_of(batch: Batch) -> int:
     return len(tensors[0])
 
 
-def first_batches(batches: Iterable[Batch], samples: int) -> list[Batch]:
-    """The first batches that hold at least that many samples together, or all."""
-    chosen: list[Batch] = []
-    for batch in batches:
-        chosen.append(batch)
-        samples -= size_of(batch)
-        if samples <= 0:
+def first_of(items: Iterable[T], count: int, size: Callable[[T], int]) -> list[T]:
+    """The first items whose sizes together are at least `count`, or all; at least one.
+
+    >>> first_of([3, 4, 5], 6, int)
+    [3, 4]
+    """
+    chosen: list[T] = []
+    for item in items:
+        chosen.append(item)
+        count -= size(item)
+        if count <= 0:
             break
     return chosen
+
+
+def first_batches(batches: Iterable[Batch], samples: int) -> list[Batch]:
+    """The first batches that hold at least that many samples together, or all."""
+    return first_of(batches, samples, size_of)
 
 
 def samples_of(batch: Batch) -> Iterator[Batch]:

@@ -1,4 +1,4 @@
-"""A linear layer that treats small inputs as zero, and reads no weights for them where it pays."""
+"""A linear layer that takes inputs that matter little as what they usually are, and reads no weights for them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TEAL: small activations are zeroed before each linear layer, and the columns they would have multiplied are not read."""
+"""TEAL: activations near their median count as the median, and the columns they would have multiplied are not read."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from secateur.data.batches import Batches
+from secateur.data.batches import Batches, first_of
 from secateur.dynamic.blocks import block_lists, positions, recorded, run_all
 from secateur.dynamic.registry import DYNAMIC
 from secateur.dynamic.sparse_input import SparseInput
@@ -73,7 +73,14 @@ class Teal:
                 for gate, seen in zip(gates, samples, strict=True):
                     gate.learn(seen)
                 with phase(model, 0):
-                    ways.append(_allocation(block, gates, _some(calls, self.positions), self.step))
+                    ways.append(
+                        _allocation(
+                            block,
+                            gates,
+                            first_of(calls, self.positions, lambda call: call.hidden.shape[:-1].numel()),
+                            self.step,
+                        )
+                    )
                 for call, output in zip(calls, outputs, strict=True):
                     call.proceed(output)
             _between_blocks(ways)
@@ -196,14 +203,3 @@ def _relative(found: Tensor, wanted: Tensor) -> float:
     """Sum over positions of the squared error, as a share of the squared norm."""
     error = (found - wanted).double().square().sum(-1)
     return float((error / wanted.double().square().sum(-1).clamp(min=1e-30)).sum())
-
-
-def _some(calls: Sequence[Call], count: int) -> list[Call]:
-    """The first calls that have at least `count` positions together, or all."""
-    chosen: list[Call] = []
-    for call in calls:
-        if count <= 0:
-            break
-        count -= call.hidden.shape[:-1].numel()
-        chosen.append(call)
-    return chosen

@@ -17,7 +17,7 @@ import secateur.graph.rules.shape  # noqa: F401
 from secateur.graph.equations import Equation
 from secateur.graph.labels import Array, Dim, Labels
 from secateur.graph.rules import RULES
-from secateur.graph.sizes import RESHAPES, Call, Size
+from secateur.graph.sizes import CREATED, RESHAPES, Call, Size
 from secateur.graph.trace import Node, Recording, Value
 
 log = logging.getLogger("secateur")
@@ -247,22 +247,7 @@ class Coupler:
             self.equations.append(Equation(("count", own), expr, call.module))
 
 
-_NEW_SHAPE = frozenset(
-    [
-        "view",
-        "reshape",
-        "expand",
-        "broadcast_to",
-        "zeros",
-        "ones",
-        "empty",
-        "full",
-        "new_zeros",
-        "new_ones",
-        "new_empty",
-        "new_full",
-    ]
-)
+_NEW_SHAPE = CREATED | {"view", "reshape", "expand", "broadcast_to"}
 _GROUPS_AT = 6
 _WRITES = frozenset(["split", "split_with_sizes", "narrow", "__getitem__"])
 

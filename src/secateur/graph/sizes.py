@@ -302,7 +302,9 @@ class Sizes(TorchFunctionMode):
 
 #: Calls in which one size follows from the others.
 RESHAPES = frozenset(["view", "reshape", "unflatten"])
-_SIZED = frozenset(
+#: Calls that make a tensor of a shape that they are given.
+CREATED = frozenset(["zeros", "ones", "empty", "full", "new_zeros", "new_ones", "new_empty", "new_full"])
+_SIZED = CREATED | frozenset(
     [
         "view",
         "reshape",
@@ -312,14 +314,6 @@ _SIZED = frozenset(
         "split_with_sizes",
         "narrow",
         "__getitem__",
-        "zeros",
-        "ones",
-        "empty",
-        "full",
-        "new_zeros",
-        "new_ones",
-        "new_empty",
-        "new_full",
         "layer_norm",
         "rms_norm",
         "group_norm",
