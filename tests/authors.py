@@ -20,7 +20,7 @@ def prune_decoder(model: nn.Module, data: list[dict[str, Tensor]], method: str, 
         states = _arguments(model, data)
         for block in model.model.layers:
             linears = {n: m for n, m in block.named_modules() if isinstance(m, nn.Linear)}
-            grams = _grams(block, linears, states)
+            grams = _grams(block, linears, states) if method != "magnitude" else dict.fromkeys(linears)
             for name, linear in linears.items():
                 linear.weight.copy_(_solve(linear.weight.clone(), grams[name], method, setting))
                 removed += int((linear.weight == 0).sum())
@@ -71,7 +71,7 @@ def _first(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output[0]
 
 
-def _solve(weight: Tensor, gram: Tensor, method: str, setting: str) -> Tensor:
+def _solve(weight: Tensor, gram: Any, method: str, setting: str) -> Tensor:
     if method == "magnitude":
         return weight * _best(weight.abs(), setting, rows=False)
     if method == "wanda":
