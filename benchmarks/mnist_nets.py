@@ -1,9 +1,9 @@
 """LeNet-300-100 and LeNet-5 on MNIST pruned while they train, for benchmarks/training.py and benchmarks/deep_compression.py.
 
 The images are kept in memory as one tensor. Dense networks are trained with small shifts and turns of the images; the pruned
-ones begin as the dense ones with some units cut out, lose weights along a cubic with masks held between the choices, and learn from the labels and
-from the dense network. What was tried was compared on 10,000 training images held out (``holdout=True``); the test images judge
-the last weights only.
+ones begin as the dense ones with some units cut out, lose weights along a cubic with masks held between the choices, and learn
+from the labels and from the dense network. What was tried was compared on 10,000 training images held out (``holdout=True``);
+the test images judge the last weights only.
 """
 
 from __future__ import annotations
@@ -15,15 +15,16 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from conditions import ROOT, asset
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 sys.path.insert(0, str(ROOT / "examples"))
-BATCH = 256
 
 
 @dataclass(frozen=True)
@@ -43,10 +44,10 @@ class Images:
             wrong = sum(int((model(x).argmax(1) != y).sum()) for x, y in parts)
         return 100 * wrong / len(self.y_test)
 
-    def batches(self, seed: int) -> list[tuple[Tensor, Tensor]]:
+    def batches(self, seed: int, size: int = 256) -> list[tuple[Tensor, Tensor]]:
         """All images to train on, in one order drawn from `seed`."""
         order = torch.randperm(len(self.x), generator=torch.Generator().manual_seed(seed))
-        return [(self.x[i], self.y[i]) for i in order.split(BATCH)]
+        return [(self.x[i], self.y[i]) for i in order.split(size)]
 
 
 @cache
@@ -88,6 +89,7 @@ def train(
     loss: Callable[[Tensor, Tensor, Tensor], Tensor] = lambda z, _, y: F.cross_entropy(z, y),
     strength: float = 0.0,
     weight_decay: float = 0.0,
+    batch: int = 256,
     seed: int = 0,
     prune: dict[str, Any] | None = None,
 ) -> None:
@@ -95,7 +97,7 @@ def train(
     import secateur as sc
 
     draw = torch.Generator().manual_seed(seed)
-    count = len(data.x) // BATCH
+    count = len(data.x) // batch
     steps = epochs * count
     optimizer = torch.optim.AdamW(model.named_parameters(), lr=lr, weight_decay=weight_decay)
     pruning: Any = nullcontext()
@@ -109,7 +111,7 @@ def train(
                 order = torch.randperm(len(data.x), generator=draw)
             for group in optimizer.param_groups:
                 group["lr"] = lr * 0.5 * (1 + math.cos(math.pi * step / steps))
-            chosen = order[step % count * BATCH :][:BATCH]
+            chosen = order[step % count * batch :][:batch]
             x = data.x[chosen]
             if strength:
                 x = turned(x, strength, draw)
@@ -171,15 +173,19 @@ def pruned(
     share: float = 0.5,
     temperature: float = 2.0,
     strength: float = 0.0,
+    batch: int = 256,
+    every: int = 100,
     end: float = 0.5,
     seed: int = 0,
 ) -> nn.Module:
     """`start` with `keep` weights left (biases apart), learning from `teacher`; by the gradients of the training itself."""
     model = copy.deepcopy(start)
     weights = sum(p.numel() for p in model.parameters() if p.dim() > 1)
-    settings = {"criterion": "obd", "sparsity": 1 - keep / weights, "allocation": "global", "end": end, "every": 100}
+    settings = {"criterion": "obd", "sparsity": 1 - keep / weights, "allocation": "global", "end": end, "every": every}
     loss = taught(teacher, share, temperature)
-    train(model, data, epochs, lr, loss=loss, strength=strength, seed=seed, prune={**settings, "seed": seed})
+    train(
+        model, data, epochs, lr, loss=loss, strength=strength, batch=batch, seed=seed, prune={**settings, "seed": seed}
+    )  # fmt: skip
     without_dead(model)
     return model
 
@@ -195,3 +201,27 @@ def halved(
         model = cut.model
         train(model, data, epochs, 2e-3, loss=taught(teacher, 0.5, 2.0), seed=seed)
     return model
+
+
+def write(file: Path, dense: nn.Module, pruned: nn.Module) -> None:
+    """Both networks in one file of safetensors."""
+    both = {"dense": dense, "pruned": pruned}
+    save_file({f"{which}.{n}": t for which, model in both.items() for n, t in model.state_dict().items()}, file)
+
+
+def read(file: Path, network: str) -> tuple[nn.Module, nn.Module]:
+    """The networks that `write` wrote, the pruned one with as few channels and neurons as it had."""
+    import lenet
+
+    found = load_file(file)
+    models = []
+    for which in ("dense", "pruned"):
+        model = getattr(lenet, network)().model
+        state = {n.removeprefix(f"{which}."): t for n, t in found.items() if n.startswith(which)}
+        for name, layer in list(model.named_children()):
+            if hasattr(layer, "weight"):
+                outputs, inputs, *kernel = state[f"{name}.weight"].shape
+                setattr(model, name, type(layer)(inputs, outputs, *kernel[:1]))
+        model.load_state_dict(state)
+        models.append(model.eval())
+    return models[0], models[1]
