@@ -185,7 +185,8 @@ def probe(model: Any, tokenizer: Any) -> float:
 
 
 def minilm(kind: str, options: argparse.Namespace) -> Row:
-    """`gradual`: 80% of the weights; `homodistil`: half of neurons and heads as it goes; `at-once`: the same first."""
+    """`gradual`: 80% of the weights; `alps`: the same by ALPS first; `homodistil`: half of neurons and heads as it goes;
+    `at-once`: the same first."""
     import minilm as example
     import stsb
 
@@ -201,9 +202,13 @@ def minilm(kind: str, options: argparse.Namespace) -> Row:
         few = partial(alike, teacher)
         student = sc.prune(student, criterion="taylor", data=batches[:8], loss=few, **units).model
         pruning = {}
-    elif kind == "gradual":
+    elif kind in ("gradual", "alps"):
         pruning = {"sparsity": 0.8, "allocation": "uniform", "ignore": ["pooler*"]}
-    small = taught(student, teacher, batches, pruning)
+    masks = None
+    if kind == "alps":
+        found = sc.prune(student, solver="alps", criterion="magnitude", data=batches[-32:], example=batches[0], **pruning)
+        student, masks, pruning = found.model, found.masks, {}
+    small = taught(student, teacher, batches, pruning, masks)
     return {
         "spearman": stsb.spearman(small)["spearman"],
         "unseen": stsb.spearman(small, slice(1, None, 2))["spearman"], "probe": probe(small, stsb.tokenizer()), "steps": steps,
@@ -228,8 +233,8 @@ def alike(teacher: Any, student: Any, batch: Mapping[str, Any]) -> Any:
     return (1 - (made * wanted).sum(1)).mean() + 5 * off
 
 
-def taught(student: Any, teacher: Any, batches: list[Any], pruning: Mapping[str, Any], lr: float = 4e-4) -> Any:
-    """Learn the teacher's vectors, one batch a step; pruned along a cubic up to 60%. Products in bfloat16."""
+def taught(student: Any, teacher: Any, batches: list[Any], pruning: Mapping[str, Any], masks: Any, lr: float = 4e-4) -> Any:
+    """Learn the teacher's vectors, one batch a step; pruned along a cubic up to 60%, or masks held. Products in bfloat16."""
     import torch
 
     import secateur as sc
@@ -240,6 +245,8 @@ def taught(student: Any, teacher: Any, batches: list[Any], pruning: Mapping[str,
     units = pruning.get("pattern") == "ffn_head"
     schedule = {"begin": 2, "end": int(0.6 * total), "every": 4}
     teacher.eval()
+    if masks is not None:
+        sc.hold(optimizer, masks)
     with sc.gradual(student.train(), optimizer, **schedule, **pruning) if pruning else nullcontext() as pruner:
         for step, batch in enumerate(batches):
             for group in optimizer.param_groups:
@@ -318,6 +325,7 @@ LENET_TEXT = (
 )
 MINILM = {
     "gradual": "80% of the weights, gradually",
+    "alps": "80% of the weights by ALPS at the start, then taught alike",
     "homodistil": "half of feed-forward and heads, gradually (HomoDistil)",
     "at-once": "the same units' number cut at the start, then taught alike",
 }
