@@ -51,8 +51,8 @@ def outcome(found: Any, dense: float, pruned: float | None, final: float, began:
 
 
 def lenet_300_100(seed: int, options: argparse.Namespace) -> Row:
-    """A 42nd of the weights, as benchmarks/training.py prunes; 3 bits, their values trained."""
-    return lenet("lenet_300_100", seed, options.factor or 42.0, options.bits or 3, options)
+    """A 42nd of the weights, as benchmarks/training.py prunes; 4 bits, their values trained."""
+    return lenet("lenet_300_100", seed, options.factor or 42.0, options.bits or 4, options)
 
 
 def lenet_5(seed: int, options: argparse.Namespace) -> Row:
