@@ -53,9 +53,9 @@ def ranks(values: Tensor) -> Tensor:
     return (last - (counts.double() + 1) / 2)[inverse]
 
 
-def spearman(model: nn.Module, pairs: slice = slice(None)) -> dict[str, float]:
-    """Correlation of the ranks, on some or on all 1379 pairs."""
-    lines = (ASSETS / "stsb" / "sts-test.csv").read_text(encoding="utf-8").splitlines()[pairs]
+def spearman(model: nn.Module, pairs: int | None = None, *, odd: bool = False) -> dict[str, float]:
+    """Correlation of the ranks, on the first `pairs` pairs or on all 1379; with `odd`, on every other one, the second first."""
+    lines = (ASSETS / "stsb" / "sts-test.csv").read_text(encoding="utf-8").splitlines()[:pairs][odd :: 1 + odd]
     rows = [line.split("\t") for line in lines]
     first, second = (embed(model, [row[column] for row in rows]) for column in (FIRST, SECOND))
     judged = ranks(torch.tensor([float(row[SCORE]) for row in rows]))
