@@ -68,7 +68,7 @@ def lenet(name: str, seed: int, factor: float, bits: float, options: argparse.Na
     from secateur.train.distill import Distillation
 
     began = time.process_time()
-    data, dense, small = training.lenet(name, seed, factor, options.holdout)
+    data, dense, small = training.kept_lenet(name, seed, factor, options.holdout)
     found = sc.compress(
         small, bits=bits, vector_bits=3, train=data.batches(seed), seed=seed,
         loss=Distillation(dense, logits=0.5, task=0.5, temperature=2.0), finetune={"epochs": options.epochs or 5, "lr": 1e-3},

@@ -26,6 +26,7 @@ from secateur.types import Measurement
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
+import stsb
 from calibrated import minilm
 from conditions import Rows, conditions, show, table
 
@@ -54,9 +55,7 @@ def projection(width: int) -> Callable[[nn.Module, Any], Tensor]:
     direction = torch.randn(width, generator=torch.Generator().manual_seed(0)) / width**0.5
 
     def loss(model: nn.Module, batch: Any) -> Tensor:
-        mask = batch["attention_mask"][..., None].float()
-        tokens = model(**batch).last_hidden_state
-        return (nn.functional.normalize((tokens * mask).sum(1) / mask.sum(1), dim=1) @ direction).mean()
+        return (stsb.vectors(model, batch) @ direction).mean()
 
     return loss
 

@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 sys.path.insert(0, str(ROOT / "examples"))
+BATCH = 256
 
 
 @dataclass(frozen=True)
@@ -44,10 +45,10 @@ class Images:
             wrong = sum(int((model(x).argmax(1) != y).sum()) for x, y in parts)
         return 100 * wrong / len(self.y_test)
 
-    def batches(self, seed: int, size: int = 256) -> list[tuple[Tensor, Tensor]]:
+    def batches(self, seed: int) -> list[tuple[Tensor, Tensor]]:
         """All images to train on, in one order drawn from `seed`."""
         order = torch.randperm(len(self.x), generator=torch.Generator().manual_seed(seed))
-        return [(self.x[i], self.y[i]) for i in order.split(size)]
+        return [(self.x[i], self.y[i]) for i in order.split(BATCH)]
 
 
 @cache
@@ -89,7 +90,7 @@ def train(
     loss: Callable[[Tensor, Tensor, Tensor], Tensor] = lambda z, _, y: F.cross_entropy(z, y),
     strength: float = 0.0,
     weight_decay: float = 0.0,
-    batch: int = 256,
+    batch: int = BATCH,
     seed: int = 0,
     prune: dict[str, Any] | None = None,
 ) -> None:
@@ -173,7 +174,7 @@ def pruned(
     share: float = 0.5,
     temperature: float = 2.0,
     strength: float = 0.0,
-    batch: int = 256,
+    batch: int = BATCH,
     every: int = 100,
     end: float = 0.5,
     seed: int = 0,
@@ -181,11 +182,11 @@ def pruned(
     """`start` with `keep` weights left (biases apart), learning from `teacher`; by the gradients of the training itself."""
     model = copy.deepcopy(start)
     weights = sum(p.numel() for p in model.parameters() if p.dim() > 1)
-    settings = {"criterion": "obd", "sparsity": 1 - keep / weights, "allocation": "global", "end": end, "every": every}
+    settings = {
+        "criterion": "obd", "sparsity": 1 - keep / weights, "allocation": "global", "end": end, "every": every, "seed": seed,
+    }  # fmt: skip
     loss = taught(teacher, share, temperature)
-    train(
-        model, data, epochs, lr, loss=loss, strength=strength, batch=batch, seed=seed, prune={**settings, "seed": seed}
-    )  # fmt: skip
+    train(model, data, epochs, lr, loss=loss, strength=strength, batch=batch, seed=seed, prune=settings)
     without_dead(model)
     return model
 

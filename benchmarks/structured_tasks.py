@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from conditions import ROOT, asset
 from torch import Tensor, nn
 
-from secateur.data.batches import default_loss, forward, inputs_of
+from secateur.data.batches import default_loss
 from secateur.measure.macs import macs as count
 
 sys.path.append(str(ROOT / "examples"))
@@ -157,13 +157,6 @@ def efficientnet(quick: bool) -> Task:
     )
 
 
-def pooled(model: nn.Module, batch: Any) -> Tensor:
-    """Sentence vectors of length 1, ``[sentences, width]``."""
-    tokens = forward(model, batch).last_hidden_state
-    mask = inputs_of(batch)[1]["attention_mask"][..., None].to(tokens.dtype)
-    return F.normalize((tokens * mask).sum(1) / mask.sum(1), dim=1)
-
-
 def paragraphs() -> list[str]:
     """Lines of WikiText-2's validation text."""
     return (asset("wikitext2") / "valid.txt").read_text(encoding="utf-8").split("\n")
@@ -190,11 +183,11 @@ def minilm(quick: bool, text: Callable[[], list[str]] = paragraphs) -> Task:
         for i in range(0, len(lines), 32)
     ]
     with torch.no_grad():
-        taught = [(batch, pooled(model, batch)) for batch in batches]
+        taught = [(batch, stsb.vectors(model, batch)) for batch in batches]
 
     def loss(model: nn.Module, batch: Any) -> Tensor:
         """Contrast: of all sentences of a batch the dense network's vector of each is to be the nearest to its own."""
-        near = pooled(model, batch) @ batch[1].T / 0.05
+        near = stsb.vectors(model, batch[0]) @ batch[1].T / 0.05
         return F.cross_entropy(near, torch.arange(len(near)))
 
     def peer(model: nn.Module, ratio: float) -> dict[str, Any]:

@@ -16,10 +16,11 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +39,10 @@ RESNET_EPOCHS, RESNET_LR = 4, 0.05
 
 
 def lenet(name: str, seed: int, factor: float, holdout: bool) -> tuple[Any, Any, Any]:
-    """The images, the dense network, and that with a `factor`-th of the parameters; kept in the temporary folder."""
+    """The images, the dense network, and that with a `factor`-th of the parameters; for `kept_lenet` they are kept."""
     import mnist_nets as nets
 
     data = nets.images(holdout)
-    file = Path(tempfile.gettempdir()) / f"secateur-{name}-{seed}-{factor:g}{'-holdout' * holdout}.safetensors"
-    if file.exists():
-        return data, *nets.read(file, name)
     small = name == "lenet_300_100"
     dense = nets.dense(name, seed, data, 12 if small else 8, 0.7 if small else 0.4)
     convolutions = ("conv1", "conv2")
@@ -53,8 +51,20 @@ def lenet(name: str, seed: int, factor: float, holdout: bool) -> tuple[Any, Any,
     total, biases = sum(p.numel() for p in dense.parameters()), 110 if small else 85
     settings = LENET_300_100 if small else LENET_5
     pruned = nets.pruned(start, dense if small else start, data, int(total / factor) - biases, seed=seed, **settings)
-    nets.write(file, dense, pruned)
+    nets.write(_lenet_file(name, seed, factor, holdout), dense, pruned)
     return data, dense, pruned
+
+
+def kept_lenet(name: str, seed: int, factor: float, holdout: bool) -> tuple[Any, Any, Any]:
+    """What `lenet` gave last for these arguments, where it did: from the temporary folder."""
+    import mnist_nets as nets
+
+    file = _lenet_file(name, seed, factor, holdout)
+    return (nets.images(holdout), *nets.read(file, name)) if file.exists() else lenet(name, seed, factor, holdout)
+
+
+def _lenet_file(name: str, seed: int, factor: float, holdout: bool) -> Path:
+    return Path(tempfile.gettempdir()) / f"secateur-{name}-{seed}-{factor:g}{'-holdout' * holdout}.safetensors"
 
 
 def _lenet(name: str, seed: str, options: argparse.Namespace) -> Row:
@@ -100,25 +110,37 @@ def _retrained(model: Any, data: Any, loss: Any, pruning: Mapping[str, Any]) -> 
     import secateur as sc
     from secateur.train.loop import Rate
 
-    total, step = RESNET_EPOCHS * len(data), 0
+    total = RESNET_EPOCHS * len(data)
     optimizer = torch.optim.SGD(model.named_parameters(), lr=RESNET_LR, momentum=0.9, nesterov=True, weight_decay=5e-4)
-    rate = Rate(RESNET_LR, 0.05, total)
+    batches = chain.from_iterable(data.shuffled(1000 * data.seed + epoch) for epoch in range(RESNET_EPOCHS))
+
+    def cost(batch: Any) -> Any:
+        x, y = batch
+        made = model(x)
+        return F.cross_entropy(made, y) if loss is None else loss(made, x, y)
+
     schedule = {"begin": 1, **pruning, "end": int(pruning["end"] * total)} if pruning else {}
     with sc.gradual(model.train(), optimizer, **schedule) if pruning else nullcontext() as pruner:
-        for epoch in range(RESNET_EPOCHS):
-            for x, y in data.shuffled(1000 * data.seed + epoch):
-                for group in optimizer.param_groups:
-                    group["lr"] = rate(step)
-                with torch.autocast("cpu", torch.bfloat16):
-                    made = model(x)
-                    cost = F.cross_entropy(made, y) if loss is None else loss(made, x, y)
-                optimizer.zero_grad()
-                cost.backward()
-                optimizer.step()
-                if pruner is not None:
-                    pruner.step()
-                step += 1
+        _learn(optimizer, batches, Rate(RESNET_LR, 0.05, total), cost, pruner)
     return model.eval()
+
+
+def _learn(
+    optimizer: Any, batches: Iterable[Any], rate: Callable[[int], float], cost: Callable[[Any], Any], pruner: Any
+) -> None:
+    """One step a batch, products in bfloat16, and the pruner's step after it where there is one."""
+    import torch
+
+    for step, batch in enumerate(batches):
+        for group in optimizer.param_groups:
+            group["lr"] = rate(step)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = cost(batch)
+        optimizer.zero_grad()
+        found.backward()
+        optimizer.step()
+        if pruner is not None:
+            pruner.step()
 
 
 def versus(detail: str, options: argparse.Namespace) -> Row:
@@ -189,6 +211,7 @@ def minilm(kind: str, options: argparse.Namespace) -> Row:
     `at-once`: the same first."""
     import minilm as example
     import stsb
+    import torch
 
     import secateur as sc
 
@@ -205,6 +228,7 @@ def minilm(kind: str, options: argparse.Namespace) -> Row:
     elif kind in ("gradual", "alps"):
         pruning = {"sparsity": 0.8, "allocation": "uniform", "ignore": ["pooler*"]}
     masks = None
+    torch.manual_seed(0)  # dropout draws
     if kind == "alps":
         found = sc.prune(student, solver="alps", criterion="magnitude", data=batches[-32:], example=batches[0], **pruning)
         student, masks, pruning = found.model, found.masks, {}
@@ -220,15 +244,11 @@ def minilm(kind: str, options: argparse.Namespace) -> Row:
 def alike(teacher: Any, student: Any, batch: Mapping[str, Any]) -> Any:
     """How far vectors are from the teacher's: 1 minus cosine, and 5 times the squared difference of their similarities."""
     import torch
-    import torch.nn.functional as F
+    from stsb import vectors
 
-    def vectors(model: Any) -> Any:
-        tokens, mask = model(**batch).last_hidden_state.float(), batch["attention_mask"][..., None]
-        return F.normalize((tokens * mask).sum(1) / mask.sum(1), dim=1)
-
-    made = vectors(student)
+    made = vectors(student, batch)
     with torch.no_grad():
-        wanted = vectors(teacher)
+        wanted = vectors(teacher, batch)
     off = (made @ made.t() - wanted @ wanted.t()).square().sum() / (len(made) * (len(made) - 1))
     return (1 - (made * wanted).sum(1)).mean() + 5 * off
 
@@ -240,7 +260,7 @@ def taught(student: Any, teacher: Any, batches: list[Any], pruning: Mapping[str,
     import secateur as sc
     from secateur.train.loop import Rate
 
-    rate, total = Rate(lr, 0.1, len(batches)), len(batches)
+    total = len(batches)
     optimizer = torch.optim.AdamW(student.named_parameters(), lr=lr, weight_decay=0.0)
     units = pruning.get("pattern") == "ffn_head"
     schedule = {"begin": 2, "end": int(0.6 * total), "every": 4}
@@ -248,16 +268,7 @@ def taught(student: Any, teacher: Any, batches: list[Any], pruning: Mapping[str,
     if masks is not None:
         sc.hold(optimizer, masks)
     with sc.gradual(student.train(), optimizer, **schedule, **pruning) if pruning else nullcontext() as pruner:
-        for step, batch in enumerate(batches):
-            for group in optimizer.param_groups:
-                group["lr"] = rate(step)
-            optimizer.zero_grad()
-            with torch.autocast("cpu", torch.bfloat16):
-                cost = alike(teacher, student, batch)
-            cost.backward()
-            optimizer.step()
-            if pruner is not None:
-                pruner.step()
+        _learn(optimizer, batches, Rate(lr, 0.1, total), partial(alike, teacher, student), pruner)
         return pruner.cut()[0].eval() if units else student.eval()
 
 
@@ -411,7 +422,7 @@ def main() -> None:
     parser.add_argument("--holdout", action="store_true", help="LeNets: judge by training images held out")
     parser.add_argument("--blocks", type=int, default=3000, help="blocks of text of the contests")
     parser.add_argument("--epochs", type=int, help="of the contests")
-    parser.add_argument("--steps", type=int, default=200, help="of MiniLM")
+    parser.add_argument("--steps", type=int, default=300, help="of MiniLM")
     options = parser.parse_args()
     import torch
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -33,17 +34,21 @@ def tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(Path(package.origin).parent / "model")
 
 
+def vectors(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """Vectors of length 1 of a batch of tokens, ``[sentences, width]``: the mean over the tokens that the mask leaves."""
+    tokens, mask = model(**batch).last_hidden_state.float(), batch["attention_mask"][..., None]
+    return F.normalize((tokens * mask).sum(1) / mask.sum(1), dim=1)
+
+
 def embed(model: nn.Module, sentences: list[str], batch_size: int = 64) -> Tensor:
     """Vectors of length 1, ``[sentences, width]``; sentences of like length are batched together, to pad little."""
     order = sorted(range(len(sentences)), key=lambda i: len(sentences[i]))
-    vectors: dict[int, Tensor] = {}
+    found: dict[int, Tensor] = {}
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         batch = tokenizer()([sentences[i] for i in chosen], padding=True, truncation=True, max_length=256, return_tensors="pt")
-        tokens = model(**batch).last_hidden_state
-        mask = batch["attention_mask"][..., None].to(tokens.dtype)
-        vectors.update(zip(chosen, F.normalize((tokens * mask).sum(1) / mask.sum(1), dim=1), strict=True))
-    return torch.stack([vectors[i] for i in range(len(sentences))])
+        found.update(zip(chosen, vectors(model, batch), strict=True))
+    return torch.stack([found[i] for i in range(len(sentences))])
 
 
 def ranks(values: Tensor) -> Tensor:

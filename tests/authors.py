@@ -94,8 +94,8 @@ def _best(scores: Tensor, setting: str, *, rows: bool) -> Tensor:
 
 
 def _sparsegpt(weight: Tensor, gram: Tensor, setting: str, block: int = 128) -> Tensor:
-    form = gram + 0.01 * gram.diagonal().mean() * torch.eye(len(gram))
-    upper = torch.linalg.cholesky(torch.linalg.inv(form), upper=True)
+    form = (gram + 0.01 * gram.diagonal().mean() * torch.eye(len(gram))).double()  # in float32 the inverse may be indefinite
+    upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(form)), upper=True).float()
     of = int(setting.split(":")[1]) if ":" in setting else 0
     for a in range(0, weight.shape[1], block):
         b = min(a + block, weight.shape[1])

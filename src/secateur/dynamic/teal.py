@@ -72,15 +72,9 @@ class Teal:
                     outputs, samples = _seen(block, gates, calls)
                 for gate, seen in zip(gates, samples, strict=True):
                     gate.learn(seen)
+                few = first_of(calls, self.positions, lambda call: call.hidden.shape[:-1].numel())
                 with phase(model, 0):
-                    ways.append(
-                        _allocation(
-                            block,
-                            gates,
-                            first_of(calls, self.positions, lambda call: call.hidden.shape[:-1].numel()),
-                            self.step,
-                        )
-                    )
+                    ways.append(_allocation(block, gates, few, self.step))
                 for call, output in zip(calls, outputs, strict=True):
                     call.proceed(output)
             _between_blocks(ways)
