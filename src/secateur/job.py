@@ -17,7 +17,8 @@ from secateur.schedules import make_schedule
 from secateur.selection import Method, Scores, prunable, resolve, target_sparsity
 from secateur.solvers import error_curve
 from secateur.stats import Calibration, collect
-from secateur.stats.blocks import grams_in_turn
+from secateur.stats.blocks import inputs_in_turn
+from secateur.stats.gram import with_norms
 from secateur.stats.reads import Reads, find_reads, is_multimodal
 from secateur.stats.samples import layers_in_turn
 from secateur.types import LayerStats, Need, Pattern, Schedule
@@ -49,10 +50,17 @@ class Job:
 
     def statistics(self, model: nn.Module) -> Calibration:
         """What the method's criterion needs to know of `model`, of which `layers` must be."""
+        return self._collected(model, self.method.needs)
+
+    def before(self, model: nn.Module) -> Calibration:
+        """Of that what is needed before the first layer is pruned."""
+        return self._collected(model, self.method.before)
+
+    def _collected(self, model: nn.Module, needs: Collection[Need]) -> Calibration:
         found = collect(
             model,
             self.layers,
-            self.method.needs,
+            needs,
             batches=self.batches,
             loss=self.loss,
             seed=self.recipe.seed,
@@ -66,7 +74,7 @@ class Job:
         assert self.batches is not None
         scores = Scores(self.layers, stats, self.method)
         curves: dict[str, LayerStats] = {}
-        for part in grams_in_turn(model, self.layers, self.batches, seed=self.recipe.seed):
+        for part in inputs_in_turn(model, self.layers, self.batches, seed=self.recipe.seed):
             for name, gram in part.items():
                 known = replace(stats[name], gram=gram)
                 curve = error_curve(known.weight, scores[name].scores, self.method.pattern, known)
@@ -74,23 +82,30 @@ class Job:
         return {name: curves[name] for name in stats}
 
     def known(
-        self, model: nn.Module, stats: Mapping[str, LayerStats], done: Collection[str] = ()
+        self, model: nn.Module, stats: Mapping[str, LayerStats], done: Collection[str], notes: list[str]
     ) -> Iterator[dict[str, LayerStats]] | None:
-        """`stats` with what the method's solver needs, a few layers at a time, without the layers `done`.
+        """`stats` with what the method wants in turn, a few layers at a time, without the layers `done`.
 
-        Gram matrices come by `grams_in_turn`, sample gradients by `layers_in_turn`. None where the solver needs nothing.
+        What layers read comes by `inputs_in_turn`, sample gradients by `layers_in_turn`. None where nothing is wanted. What
+        the report has to say is added to `notes`.
         """
-        if self.batches is None or not self.method.solver_needs:
+        if self.batches is None or not self.method.in_turn:
             return None
-        if Need.GRAM in self.method.solver_needs:
-            return self._grams(model, self.batches, stats, done)
-        return self._gradients(model, self.batches, stats, done)
+        if Need.GRAD_SAMPLES in self.method.in_turn:
+            return self._gradients(model, self.batches, stats, done)
+        return self._inputs(model, self.batches, stats, done, notes)
 
-    def _grams(
-        self, model: nn.Module, batches: Batches, stats: Mapping[str, LayerStats], done: Collection[str]
+    def _inputs(
+        self, model: nn.Module, batches: Batches, stats: Mapping[str, LayerStats], done: Collection[str], notes: list[str]
     ) -> Iterator[dict[str, LayerStats]]:
-        for part in grams_in_turn(model, self.layers, batches, seed=self.recipe.seed, done=done):
-            yield {name: replace(stats[name], gram=gram) for name, gram in part.items()}
+        wanted = self.method.in_turn
+        need = Need.GRAM if Need.GRAM in wanted else Need.INPUT_NORM
+        for part in inputs_in_turn(model, self.layers, batches, need=need, seed=self.recipe.seed, done=done, notes=notes):
+            if need is Need.INPUT_NORM:
+                yield {name: replace(stats[name], input_norm=norm) for name, norm in part.items()}
+                continue
+            known = {name: replace(stats[name], gram=gram) for name, gram in part.items()}
+            yield {name: with_norms(one) for name, one in known.items()} if Need.INPUT_NORM in wanted else known
 
     def _gradients(
         self, model: nn.Module, batches: Batches, stats: Mapping[str, LayerStats], done: Collection[str]
@@ -144,7 +159,7 @@ def prepare(
     check_data(
         recipe,
         method.criterion_name,
-        method.needs | method.solver_needs | ({Need.GRAM} if method.curves else set()),
+        method.needs | method.in_turn | ({Need.GRAM} if method.curves else set()),
         batches,
         training,
     )

@@ -171,7 +171,7 @@ class _Outcome:
 
 def _is_long(job: Job | UnitJob) -> bool:
     """Whether a run that is stopped would lose enough to be worth its state on disk."""
-    solves = isinstance(job, Job) and bool(job.method.solver_needs)
+    solves = isinstance(job, Job) and bool(job.method.in_turn)
     trains = job.recipe.finetune is not None or job.recipe.slimming is not None
     return trains or (job.batches is not None and (job.recipe.steps > 1 or solves))
 
@@ -241,19 +241,20 @@ def _steps(
 def _step(job: Job, model: nn.Module, step: int, masks: MaskSet | None, progress: Progress | None) -> Solved:
     """One pruning step: statistics, masks and weights, repair, training."""
     target = job.schedule((step + 1) / job.recipe.steps, job.sparsity)
-    calibration = job.statistics(model)
-    so_far = SolvedSoFar(progress.solving(step) if progress is not None and job.method.solver_needs else None)
+    calibration = job.before(model)
+    so_far = SolvedSoFar(progress.solving(step) if progress is not None and job.method.in_turn else None)
+    notes = list(calibration.notes)
     solved = solve(
         job.layers,
         calibration.layers,
         sparsity=target,
         method=job.method,
         previous=masks,
-        known=job.known(model, calibration.layers, so_far.masks),
+        known=job.known(model, calibration.layers, so_far.masks, notes),
         so_far=so_far,
     )
     _repair(job, model, step, solved.masks, progress)
-    return replace(solved, notes=(*calibration.notes, *solved.notes))
+    return replace(solved, notes=(*notes, *solved.notes))
 
 
 def _repair(job: Job | UnitJob, model: nn.Module, step: int, masks: MaskSet | None, progress: Progress | None) -> None:

@@ -30,12 +30,18 @@ class Method:
     criterion: Callable[[LayerStats], Tensor]
     criterion_name: str
     needs: frozenset[Need]  #: of the criterion
-    solver_needs: frozenset[Need]  #: of the solver: collected a few layers at a time, on a model repaired so far
+    in_turn: frozenset[Need]  #: what is collected a few layers at a time, on the model pruned so far
     reduction: str
     pattern: Pattern
     allocation: Callable[[Mapping[str, UnitScores], float], Mapping[str, IntTensor]]
     solver: Callable[..., Solution]
-    curves: bool = False  #: whether the allocation looks at the error curve of every layer
+    compares: bool = True  #: whether the allocation looks at the scores of all layers
+    curves: bool = False  #: whether it looks at the error curve of every layer
+
+    @property
+    def before(self) -> frozenset[Need]:
+        """Of the criterion's needs those that are collected before the first layer is pruned."""
+        return self.needs if self.compares else self.needs - self.in_turn
 
 
 def resolve(
@@ -70,8 +76,13 @@ def resolve(
     reduction = reduction or facts["reduction"]
     if reduction not in REDUCTIONS:
         reduce(torch.zeros(1, 1, 1), reduction)
-    needs = frozenset(facts["needs"]), frozenset(SOLVERS[solver_name].facts["needs"])
-    return Method(score, criterion_name, *needs, reduction, made, allocate, solve, "curves" in ALLOCATIONS[name].facts)
+    needs, in_turn = frozenset(facts["needs"]), frozenset(SOLVERS[solver_name].facts["needs"])
+    if facts.get("in_turn") and Need.GRAD_SAMPLES not in in_turn:
+        in_turn |= {Need.INPUT_NORM}
+    looks = ALLOCATIONS[name].facts
+    return Method(
+        score, criterion_name, needs, in_turn, reduction, made, allocate, solve, looks.get("scores", True), "curves" in looks
+    )
 
 
 def target_sparsity(sparsity: object, pattern: Pattern) -> float:
@@ -223,15 +234,16 @@ def solve(
 ) -> Solved:
     """As `choose`, and the solver writes the surviving weights into the model the layers belong to.
 
-    `known` gives `stats` with what the solver needs, a few layers at a time, and is asked for the next ones after the weights
-    of these were written; the layers are solved in that order, and without it `stats` has to have all. `so_far` holds what
-    an earlier, stopped run solved, and is told of every layer.
+    `known` gives `stats` with what is collected in turn, a few layers at a time, and is asked for the next ones after the
+    weights of these were written; the layers are solved in that order, and without it `stats` has to have all. How much each
+    keeps is decided by `stats`, what it keeps by what is known in its turn. `so_far` holds what an earlier, stopped run
+    solved, and is told of every layer.
     """
-    scores = Scores(layers, stats, method, previous)
-    counts = method.allocation(scores, sparsity)
+    counts = method.allocation(Scores(layers, stats, method, previous), sparsity)
     so_far = so_far or SolvedSoFar()
     so_far.write(layers)
     for part in known if known is not None else [stats]:
+        scores = Scores({n: layers[n] for n in part}, part, method, previous)
         for name, layer_stats in part.items():
             so_far.add(name, *solve_layer(layers[name], layer_stats, scores[name], counts[name], method))
         so_far.save(layers)

@@ -47,7 +47,7 @@ def test_a_new_criterion_is_one_decorated_function(monkeypatch):
 
     entry = CRITERIA["squared"]
     assert entry.make is squared
-    assert entry.facts == {"needs": frozenset({Need.GRAD, Need.WEIGHT}), "reduction": "sum"}
+    assert entry.facts == {"needs": frozenset({Need.GRAD, Need.WEIGHT}), "reduction": "sum", "in_turn": False}
     assert entry.summary == "The square of the weight."
     with pytest.raises(ValueError, match="twice"):
         criterion("squared", needs=(), source="again")(squared)

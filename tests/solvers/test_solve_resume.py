@@ -30,12 +30,13 @@ def network():
 
 def run(path, **options):
     data = [torch.randn(20, 6, generator=torch.Generator().manual_seed(i)) for i in range(2)]
-    return sc.prune(network(), sparsity=0.6, criterion="wanda", solver="sparsegpt", data=data, out=path, **options)
+    return sc.prune(network(), sparsity=0.6, criterion="wanda", data=data, out=path, **{"solver": "sparsegpt", **options})
 
 
+@pytest.mark.parametrize("solver", ["sparsegpt", "keep"])
 @pytest.mark.parametrize("survives", range(10))
-def test_killed_at_any_layer(tmp_path, monkeypatch, survives):
-    wanted = run(tmp_path / "whole")
+def test_killed_at_any_layer(tmp_path, monkeypatch, survives, solver):
+    wanted = run(tmp_path / "whole", solver=solver)
     solve_layer, calls = selection.solve_layer, []
 
     def count(*args):
@@ -47,12 +48,12 @@ def test_killed_at_any_layer(tmp_path, monkeypatch, survives):
     with monkeypatch.context() as patch:
         patch.setattr(selection, "solve_layer", count)
         with pytest.raises(Killed):
-            run(tmp_path / "run")
+            run(tmp_path / "run", solver=solver)
     assert not (tmp_path / "run").exists()
     calls.clear()
     with monkeypatch.context() as patch:
         patch.setattr(selection, "solve_layer", lambda *a: calls.append(1) or solve_layer(*a))
-        found = run(tmp_path / "run")
+        found = run(tmp_path / "run", solver=solver)
     done_before = 0 if survives == 0 else 1 + 2 * ((survives - 1) // 2)
     assert len(calls) == 10 - done_before, "what was solved is not solved again"
     for name, tensor in wanted.model.state_dict().items():

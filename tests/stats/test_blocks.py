@@ -11,7 +11,7 @@ from secateur.layers import find_layers
 from secateur.models.torchvision_shim import prepare_torchvision
 from secateur.stats import blocks as module
 from secateur.stats import collect
-from secateur.stats.blocks import find_blocks, grams_in_turn
+from secateur.stats.blocks import find_blocks, inputs_in_turn
 from secateur.types import Need
 
 
@@ -85,7 +85,7 @@ def test_each_layer_once_with_the_inputs_that_changed_weights_give(kind, caplog)
     torch.manual_seed(0)
     model, batches = kind(), Batches(data())
     layers, seen, parts = find_layers(model)[0], [], []
-    for part in grams_in_turn(model, layers, batches):
+    for part in inputs_in_turn(model, layers, batches):
         parts.append(list(part))
         expected = collect(model, layers, {Need.GRAM}, batches=batches).layers
         for name, gram in part.items():
@@ -106,7 +106,7 @@ def test_what_is_done_is_passed_through_but_not_collected():
     layers = find_layers(model)[0]
     done = {n for n in layers if n.startswith(("stem", "blocks.0", "blocks.1.up"))}
     found = {}
-    for part in grams_in_turn(model, layers, batches, done=done):
+    for part in inputs_in_turn(model, layers, batches, done=done):
         found |= part
     assert set(found) == set(layers) - done
     expected = collect(model, layers, {Need.GRAM}, batches=batches).layers
@@ -118,9 +118,9 @@ def test_without_blocks_passes_hold_as_many_layers_as_memory_allows(monkeypatch)
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
     batches = Batches([torch.randn(6, 4)])
     layers = find_layers(model)[0]
-    assert [list(p) for p in grams_in_turn(model, layers, batches)] == [["0.weight", "2.weight", "4.weight"]]
+    assert [list(p) for p in inputs_in_turn(model, layers, batches)] == [["0.weight", "2.weight", "4.weight"]]
     monkeypatch.setattr(module, "total_memory", lambda: 10 * 2 * 4 * 4 * 12)
-    assert [list(p) for p in grams_in_turn(model, layers, batches)] == [["0.weight", "2.weight"], ["4.weight"]]
+    assert [list(p) for p in inputs_in_turn(model, layers, batches)] == [["0.weight", "2.weight"], ["4.weight"]]
 
 
 def test_a_decoder_with_a_cache_is_replayed(caplog):
@@ -134,7 +134,7 @@ def test_a_decoder_with_a_cache_is_replayed(caplog):
     batches = Batches([{"input_ids": torch.randint(32, (2, 7))}, {"input_ids": torch.randint(32, (2, 7))}])
     layers = find_layers(model)[0]
     count = 0
-    for part in grams_in_turn(model, layers, batches):
+    for part in inputs_in_turn(model, layers, batches):
         expected = collect(model, {n: layers[n] for n in part}, {Need.GRAM}, batches=batches).layers
         for name, gram in part.items():
             torch.testing.assert_close(gram, expected[name].gram, rtol=1e-3, atol=1e-3)
@@ -170,7 +170,7 @@ def test_the_self_check_looks_at_the_last_block_too(caplog):
     model, batches = Rewritten(), Batches(data())
     layers = find_layers(model)[0]
     expected = collect(model, layers, {Need.GRAM}, batches=batches).layers
-    for part in grams_in_turn(model, layers, batches):
+    for part in inputs_in_turn(model, layers, batches):
         for name, gram in part.items():
             torch.testing.assert_close(gram, expected[name].gram, rtol=1e-4, atol=1e-4)
     assert "the last gives something else by itself" in caplog.text
@@ -179,5 +179,5 @@ def test_the_self_check_looks_at_the_last_block_too(caplog):
 def test_a_long_calibration_is_announced(monkeypatch, caplog):
     monkeypatch.setattr(module, "_LONG", 0.0)
     model = Encoder()
-    list(grams_in_turn(model, find_layers(model)[0], Batches(data())))
+    list(inputs_in_turn(model, find_layers(model)[0], Batches(data())))
     assert "calibrating 3 blocks: about 0 min without the solver" in caplog.text

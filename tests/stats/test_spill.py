@@ -18,7 +18,7 @@ from secateur.errors import DataError
 from secateur.layers import find_layers
 from secateur.memory import available_memory, total_memory
 from secateur.stats import blocks, spill
-from secateur.stats.blocks import grams_in_turn
+from secateur.stats.blocks import inputs_in_turn
 from secateur.stats.spill import Slot, Spill
 
 
@@ -62,10 +62,10 @@ def test_matrices_are_the_same_with_all_states_on_disk(monkeypatch):
         nn.Linear(4, 6), nn.Sequential(*[nn.TransformerEncoderLayer(6, 2, 8, batch_first=True) for _ in range(3)])
     )
     layers, batches = find_layers(model)[0], Batches([torch.randn(2, 5, 4), torch.randn(3, 5, 4)])
-    expected = [{n: g.clone() for n, g in part.items()} for part in grams_in_turn(model, layers, batches)]
+    expected = [{n: g.clone() for n, g in part.items()} for part in inputs_in_turn(model, layers, batches)]
     spills = []
     monkeypatch.setattr(blocks, "Spill", lambda folder: spills.append(Spill(0, folder)) or spills[-1])
-    found = list(grams_in_turn(model, layers, batches))
+    found = list(inputs_in_turn(model, layers, batches))
     assert spills[0].spilled == 5 * 5 * 6 * 4
     assert len(found) == len(expected) == 4
     for one, other in zip(expected, found, strict=True):

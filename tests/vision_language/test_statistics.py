@@ -15,7 +15,7 @@ from secateur.layers import find_layers
 from secateur.patterns import make_pattern
 from secateur.select import removed_count
 from secateur.stats import collect
-from secateur.stats.blocks import grams_in_turn
+from secateur.stats.blocks import inputs_in_turn
 from secateur.structured import cut_units, prepare_units
 from secateur.types import Need
 from secateur.vision_language.groups import modality_groups
@@ -83,7 +83,7 @@ def test_samples_of_padding_only_at_their_ends_count_like_samples_without(name):
 def test_blocks_that_are_replayed_have_the_same_matrices_as_one_pass(name):
     model, one = make(name)
     layers, _ = find_layers(model)
-    turns = list(grams_in_turn(model, layers, Batches([one])))
+    turns = list(inputs_in_turn(model, layers, Batches([one])))
     found = {n: g for part in turns for n, g in part.items()}
     whole = collect(model, layers, {Need.GRAM}, batches=Batches([one])).layers
     assert set(found) == set(layers)

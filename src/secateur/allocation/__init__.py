@@ -14,7 +14,7 @@ from secateur.allocation.uniform import uniform
 from secateur.registry import Registry
 
 ALLOCATIONS: Registry[Any] = Registry("allocation")
-ALLOCATIONS.register("uniform", source="Zhu and Gupta 2017, To prune, or not to prune")(uniform)
+ALLOCATIONS.register("uniform", source="Zhu and Gupta 2017, To prune, or not to prune", scores=False)(uniform)
 ALLOCATIONS.register("global", source="Han et al. 2015; Lee et al. 2019, SNIP, eq. 6")(globally)
 ALLOCATIONS.register("magnitude", source="Farina et al. 2024, MULTIFLOW, section 4.3")(by_magnitude)
 ALLOCATIONS.register("erk", source="Evci et al. 2020, Rigging the Lottery, section 3 (after Mocanu et al. 2018)")(erk)

@@ -31,7 +31,7 @@ from secateur.layers import Layer, find_layers, matches
 from secateur.progress import track
 from secateur.quadratic import output_error
 from secateur.repair import reestimate_norms as reestimate
-from secateur.stats.blocks import grams_in_turn
+from secateur.stats.blocks import inputs_in_turn
 from secateur.train.finetune import finetune as train_on
 from secateur.types import Report
 
@@ -266,7 +266,7 @@ class _Work:
         """Every weight with the Gram matrix of its inputs, a few of them in memory at a time; then those without."""
         done: set[str] = set()
         if self.batches is not None:
-            for part in grams_in_turn(self.model, self._layers, self.batches, seed=self._seed):
+            for part in inputs_in_turn(self.model, self._layers, self.batches, seed=self._seed):
                 yield from part.items()
                 done.update(part)
         for name in track([n for n in self.weights if n not in done], doing):

@@ -21,12 +21,15 @@ UNIT_CRITERIA: Registry[Criterion] = Registry("unit criterion")
 On = Literal["outputs", "inputs", "norms", "blocks"]
 
 
-def criterion(name: str, *, needs: Collection[Need], source: str, reduction: str = "sum") -> Callable[[F], F]:
+def criterion(
+    name: str, *, needs: Collection[Need], source: str, reduction: str = "sum", in_turn: bool = False
+) -> Callable[[F], F]:
     """File a criterion under `name`. This is all that a new one takes to appear in recipes, the command line and the tests.
 
     `needs` are the statistics that it reads from `LayerStats`; `source` is the paper, year and equation. `reduction` names
     how a pattern makes a unit's score of its elements' unless the recipe says otherwise: ``sum``, ``mean``, ``l2``, ``max`` or
-    ``abs_sum``. The registry entry's facts hold `needs` and `reduction`.
+    ``abs_sum``. With `in_turn` the norms of the inputs are those of the model whose earlier blocks are pruned already. The
+    registry entry's facts hold `needs`, `reduction` and `in_turn`.
 
         @criterion("squared", needs={Need.WEIGHT}, source="an example")
         def squared(layer: LayerStats) -> Tensor:
@@ -34,7 +37,7 @@ def criterion(name: str, *, needs: Collection[Need], source: str, reduction: str
             return layer.weight.square()
     """
     wanted = frozenset(needs) | {Need.WEIGHT}
-    register = CRITERIA.register(name, source=source, needs=wanted, reduction=reduction)
+    register = CRITERIA.register(name, source=source, needs=wanted, reduction=reduction, in_turn=in_turn)
     return register  # type: ignore[return-value]
 
 

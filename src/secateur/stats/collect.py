@@ -20,8 +20,9 @@ from secateur.progress import track
 from secateur.stats import nonfinite
 from secateur.stats.gradients import SquaredGradients, Sums, gradients, hessian_gradient, scalar
 from secateur.stats.gram import Grams
-from secateur.stats.guard import check_reached, listed, ordinary, untouched
+from secateur.stats.guard import check_reached, ordinary, untouched
 from secateur.stats.inputs import InputNorms
+from secateur.stats.notes import say, unmasked_notes, zero_notes
 from secateur.stats.reads import Reads, check_modalities, inputs_by_modality, reads_of
 from secateur.stats.samples import SampleGradients
 from secateur.stats.synflow import synflow_gradient
@@ -87,15 +88,13 @@ def collect(
             one_pass = _Pass(model, layers, wanted, loss or default_loss, sizes, reads)
             samples = one_pass.run(batches)
             found |= one_pass.results(batches)
-            notes += one_pass.notes
+            say(one_pass.notes, notes)
             row_samples = one_pass.row_samples
         if layers and Need.SYNFLOW_GRAD in wanted:
             sample = ordinary(next(iter(batches)) if example is None and batches is not None else example)
             found[Need.SYNFLOW_GRAD], note = synflow_gradient(model, sample, list(layers.values()))
-            notes += [note] if note else []
-    notes += _zeros(found)
-    for note in notes:
-        log.warning(note)
+            say([note] if note else [], notes)
+    say((note for need, tensors in found.items() for note in zero_notes(need, tensors)), notes)
     stats = {
         name: LayerStats(
             name=name,
@@ -141,10 +140,7 @@ class _Pass:
     def notes(self) -> list[str]:
         """What went another way than the best."""
         notes = [self.squared.note] if self.squared is not None and self.squared.note else []
-        if unmasked := sorted({name for watcher in self.watchers for name in watcher.unmasked}):
-            names = listed(unmasked)
-            notes.append(f"padding is counted among the inputs of {names}: their positions are not those of attention_mask")
-        return notes
+        return notes + unmasked_notes({name for watcher in self.watchers for name in watcher.unmasked})
 
     def run(self, batches: Batches) -> int:
         """Go through the batches once, or through the first where no more is needed; the number of samples seen."""
@@ -200,7 +196,7 @@ class _Pass:
         if self.grams is not None:
             found[Need.GRAM] = self.grams.take()
         if self.norms is not None:
-            found[Need.INPUT_NORM] = {la.name: self.norms.norm(la) for la in self.layers}
+            found[Need.INPUT_NORM] = self.norms.take()
         if self.first is not None:
             found[Need.GRAD_ONE] = self.first.mean(1)
         if self.squared is not None:
@@ -237,16 +233,6 @@ def _check_request(wanted: frozenset[Need], batches: Batches | None, example: Ba
             raise DataError(f"the statistic {need.value!r} needs calibration data: give data=, an iterable of batches")
     if Need.SYNFLOW_GRAD in wanted and batches is None and example is None:
         raise DataError("the statistic 'synflow_grad' needs the shape of an input: give example= or data=")
-
-
-def _zeros(found: Mapping[Need, Mapping[str, Tensor]]) -> list[str]:
-    """A note for each statistic that is zero throughout a layer: dead or saturated units, or all weights gone."""
-    notes = []
-    for need, tensors in found.items():
-        names = [name for name, tensor in tensors.items() if not tensor.any()]
-        if names:
-            notes.append(f"the statistic {need.value!r} is zero throughout {listed(names)}: it ranks no weights there")
-    return notes
 
 
 def _tracked(batches: Batches, what: str, limit: int | None = None) -> Iterator[Any]:

@@ -11,7 +11,7 @@ import math
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from secateur.stats.inputs import attention_features
 from secateur.stats.parallel import active, agree, summed
 from secateur.stats.reads import Reads
 from secateur.stats.watch import Call, Watcher
+from secateur.types import LayerStats, Need
 
 _CHUNK_BYTES = 32 << 20  # of input rows multiplied at once, in float32; what is summed beyond that is summed in float64
 _MOST_POSITIONS = 1 << 15  # patches that one call of a convolution contributes: its positions are sampled beyond that
@@ -157,6 +158,13 @@ def _product(rows: Rows) -> Tensor:
         total = part if total is None else total.add_(part)
     assert total is not None
     return total if rows.scale == 1.0 else total.mul_(rows.scale)
+
+
+def with_norms(stats: LayerStats) -> LayerStats:
+    """`stats` with the norms of the inputs, which are the roots of its Gram matrix's diagonal."""
+    norms = stats.need(Need.GRAM).diagonal(dim1=1, dim2=2).clamp_min(0).sqrt()
+    shape = stats.weight.shape
+    return replace(stats, input_norm=norms.repeat_interleave(shape[0] // len(norms), 0).reshape(shape))
 
 
 def input_rows(call: Call) -> Iterator[Tensor]:

@@ -30,7 +30,7 @@ class InputNorms(Watcher[Tensor]):
 
     def __init__(self, model: nn.Module, layers: Mapping[str, Layer], reads: Reads | None = None):
         super().__init__(model, layers, reads)
-        self._sums: dict[str, Tensor] = {}
+        self._layers, self._sums = dict(layers), dict[str, Tensor]()
 
     def reader(self, module: nn.Module, local: str) -> Reader | None:
         """How the inputs of the parameter `local` of `module` are read; None where they cannot be."""
@@ -53,10 +53,14 @@ class InputNorms(Watcher[Tensor]):
         """Layers that were called."""
         return set(self._sums)
 
-    def norm(self, layer: Layer) -> Tensor:
-        """The l2 norm of each input feature, float32, broadcastable against the canonical weight."""
-        total = self._sums[layer.name].clone()
-        return layer.canonical(summed({layer.name: total})[layer.name].sqrt().float())
+    def take(self) -> dict[str, Tensor]:
+        """By layer the l2 norm of each input feature, float32, broadcastable against the canonical weight. The sums go.
+
+        Under torch.distributed they are summed over all processes, each of which must have called every layer.
+        """
+        totals = summed({n: self._sums[n].clone() for n in self._layers if n in self._sums})
+        self._sums.clear()
+        return {n: self._layers[n].canonical(total.sqrt().float()) for n, total in totals.items()}
 
 
 def _reader(module: nn.Module, local: str) -> Reader | None:

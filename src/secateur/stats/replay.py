@@ -16,8 +16,11 @@ from secateur.layers import Layer
 from secateur.stats import nonfinite
 from secateur.stats.gram import Grams
 from secateur.stats.guard import check_reached, ordinary, untouched
+from secateur.stats.inputs import InputNorms
+from secateur.stats.notes import say, unmasked_notes, zero_notes
 from secateur.stats.reads import Reads
 from secateur.stats.spill import Slot, Spill
+from secateur.types import Need
 
 #: Makes a module's weights present for a while: for models whose weights are on disk.
 Holding = Callable[[nn.Module], AbstractContextManager[Any]]
@@ -111,10 +114,15 @@ def watch(
     layers: Mapping[str, Layer],
     calls: list[Call],
     batches: Batches,
-    reads: Reads | None = None,
+    need: Need,
+    reads: Reads | None,
+    notes: list[str],
 ) -> dict[str, Tensor]:
-    """Gram matrices of `layers`, all of them within `block`, on the calls; nothing is handed on."""
-    watcher = Grams(model, layers, reads)
+    """Gram matrices or norms of the inputs of `layers`, all of them within `block`, on the calls; nothing is handed on.
+
+    What the report has to say is added to `notes`, and logged.
+    """
+    watcher: Grams | InputNorms = (Grams if need is Need.GRAM else InputNorms)(model, layers, reads)
     for index, call in enumerate(calls):
         with watcher.recording({} if call.mask is None else {"attention_mask": call.mask}):
             call.run(block)
@@ -122,7 +130,9 @@ def watch(
             batch = next(b for i, b in enumerate(batches) if i == index)
             nonfinite.explain(model, lambda batch=batch: forward(model, batch), index)  # type: ignore[misc]
     check_reached([name for name in layers if name not in watcher.seen], "no call was seen of the modules of")
-    return watcher.take()
+    found = watcher.take()
+    say((*zero_notes(need, found), *unmasked_notes(watcher.unmasked)), notes)
+    return found
 
 
 class Trial:

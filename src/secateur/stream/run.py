@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,9 @@ from secateur.registry import name_of
 from secateur.report.build import environment
 from secateur.resume import beside
 from secateur.selection import Method, Scores, resolve, solve_layer, target_sparsity
-from secateur.stats.blocks import find_blocks, grams_in_turn, within
+from secateur.stats.blocks import find_blocks, inputs_in_turn, within
 from secateur.stats.collect import layer_seed
+from secateur.stats.gram import with_norms
 from secateur.stream.checkpoint import Checkpoint
 from secateur.stream.hollow import Hollow, without_memory
 from secateur.stream.store import Store
@@ -134,7 +135,7 @@ class _Work:
         """Layers with their Gram matrices where the method needs data, each part with its weights held."""
         model, holding = self.hollow.model, self.hollow.holding
         if self.batches is not None:
-            grams = grams_in_turn(
+            grams = inputs_in_turn(
                 model, self.layers, self.batches, seed=self.recipe.seed, done=done, holding=holding, spill_to=self.spill_to
             )
             yield from grams
@@ -172,13 +173,10 @@ class _Work:
 
 
 def _stats(layer: Layer, gram: Tensor | None, seed: int) -> LayerStats:
-    """What is known of a layer: the input norms are the roots of the Gram matrix's diagonal."""
+    """What is known of a layer."""
     weight = layer.canonical(layer.parameter.detach()).float()
     stats = LayerStats(layer.name, weight, gram=gram, groups=layer.groups, seed=layer_seed(seed, layer.name))
-    if gram is None:
-        return stats
-    norms = gram.diagonal(dim1=1, dim2=2).clamp_min(0).sqrt()
-    return replace(stats, input_norm=norms.repeat_interleave(layer.shape[0] // len(norms), 0).reshape(layer.shape))
+    return stats if gram is None else with_norms(stats)
 
 
 def _method(recipe: Recipe) -> tuple[Method, float]:
@@ -211,7 +209,7 @@ def _method(recipe: Recipe) -> tuple[Method, float]:
 
 
 def _batches(data: Iterable[Batch] | str | None, loaded: Any, method: Method) -> Batches | None:
-    if all(need is Need.WEIGHT for need in method.needs | method.solver_needs):
+    if all(need is Need.WEIGHT for need in method.needs | method.in_turn):
         return None
     if data is None:
         raise RecipeError(f"criterion {method.criterion_name!r} or the solver needs calibration batches: pass data=")
