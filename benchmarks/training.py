@@ -163,8 +163,8 @@ def versus(detail: str, options: argparse.Namespace) -> Row:
     return {"rows": [asdict(r) for r in rows], "seconds": time.process_time() - began, "blocks": train.size}
 
 
-def sentences(tokenizer: Any, count: int, size: int) -> list[dict[str, Any]]:
-    """Batches of sentences without labels, in an order from seed 0: of SST-2's training set, and of every other STS-B pair.
+def sentences(tokenizer: Any, count: int, size: int, seed: int) -> list[dict[str, Any]]:
+    """Batches of sentences without labels, in an order from `seed`: of SST-2's training set, and of every other STS-B pair.
 
     No sentence that is in one of the other pairs is among them, so that these tell whether anything was learnt by heart.
     """
@@ -172,7 +172,7 @@ def sentences(tokenizer: Any, count: int, size: int) -> list[dict[str, Any]]:
 
     from stsb import FIRST, SECOND
 
-    draw = random.Random(0)
+    draw = random.Random(seed)
     sst = [line.split("\t")[0] for line in (asset("sst2") / "train.tsv").read_text(encoding="utf-8").splitlines()[1:]]
     sst = [line for line in sst if len(line.split()) >= 5]
     draw.shuffle(sst)
@@ -206,9 +206,9 @@ def probe(model: Any, tokenizer: Any) -> float:
     return 100 * float(LogisticRegression(C=10.0, max_iter=2000).fit(x, y).score(x_test, y_test))
 
 
-def minilm(kind: str, options: argparse.Namespace) -> Row:
+def minilm(detail: str, options: argparse.Namespace) -> Row:
     """`gradual`: 80% of the weights; `alps`: the same by ALPS first; `homodistil`: half of neurons and heads as it goes;
-    `at-once`: the same first."""
+    `at-once`: as many first, `small`: as many drawn by lot, so that nothing is pruned by what it is worth."""
     import minilm as example
     import stsb
     import torch
@@ -216,21 +216,23 @@ def minilm(kind: str, options: argparse.Namespace) -> Row:
     import secateur as sc
 
     began, steps = time.process_time(), options.steps
+    kind, _, seed = detail.partition(":")
     teacher = example.make().model
-    batches = sentences(stsb.tokenizer(), steps, 32)
+    batches = sentences(stsb.tokenizer(), steps, 32, int(seed or 0))
     student = copy.deepcopy(teacher)
     units = {"pattern": "ffn_head", "sparsity": 0.5, "allocation": "uniform", "ignore": ["pooler*"], "example": batches[0]}
-    pruning: Mapping[str, Any] = {"criterion": "taylor", **units}
-    if kind == "at-once":
-        few = partial(alike, teacher)
-        student = sc.prune(student, criterion="taylor", data=batches[:8], loss=few, **units).model
+    pruning: Mapping[str, Any] = {"criterion": "obd", "end": 0.3, **units}
+    if kind in ("at-once", "small"):
+        worth = {"criterion": "random"} if kind == "small" else {"criterion": "taylor", "data": batches[:8]}
+        student = sc.prune(student, loss=partial(alike, teacher), **worth, **units).model
         pruning = {}
     elif kind in ("gradual", "alps"):
-        pruning = {"sparsity": 0.8, "allocation": "uniform", "ignore": ["pooler*"]}
+        pruning = {"criterion": "obd", "end": 0.6, "sparsity": 0.8, "allocation": "uniform", "ignore": ["pooler*"]}
     masks = None
-    torch.manual_seed(0)  # dropout draws
+    torch.manual_seed(int(seed or 0))  # dropout draws
     if kind == "alps":
-        found = sc.prune(student, solver="alps", criterion="magnitude", data=batches[-32:], example=batches[0], **pruning)
+        few = {"data": batches[-32:], "example": batches[0]}
+        found = sc.prune(student, solver="alps", sparsity=0.8, allocation="uniform", ignore=["pooler*"], **few)
         student, masks, pruning = found.model, found.masks, {}
     small = taught(student, teacher, batches, pruning, masks)
     return {
@@ -254,7 +256,7 @@ def alike(teacher: Any, student: Any, batch: Mapping[str, Any]) -> Any:
 
 
 def taught(student: Any, teacher: Any, batches: list[Any], pruning: Mapping[str, Any], masks: Any, lr: float = 4e-4) -> Any:
-    """Learn the teacher's vectors, one batch a step; pruned along a cubic up to 60%, or masks held. Products in bfloat16."""
+    """Learn the teacher's vectors, one batch a step; pruned along a cubic, or masks held. Products in bfloat16."""
     import torch
 
     import secateur as sc
@@ -263,11 +265,11 @@ def taught(student: Any, teacher: Any, batches: list[Any], pruning: Mapping[str,
     total = len(batches)
     optimizer = torch.optim.AdamW(student.named_parameters(), lr=lr, weight_decay=0.0)
     units = pruning.get("pattern") == "ffn_head"
-    schedule = {"begin": 2, "end": int(0.6 * total), "every": 4}
+    schedule = {**pruning, "begin": 2, "end": int(pruning["end"] * total), "every": 4} if pruning else {}
     teacher.eval()
     if masks is not None:
         sc.hold(optimizer, masks)
-    with sc.gradual(student.train(), optimizer, **schedule, **pruning) if pruning else nullcontext() as pruner:
+    with sc.gradual(student.train(), optimizer, **schedule) if pruning else nullcontext() as pruner:
         _learn(optimizer, batches, Rate(lr, 0.1, total), partial(alike, teacher, student), pruner)
         return pruner.cut()[0].eval() if units else student.eval()
 
@@ -292,11 +294,10 @@ def lenet_lines(rows: Mapping[str, Row]) -> Iterator[list[str]]:
         found = [row for key, row in rows.items() if key.startswith(f"{name}:")]
         if found:
             errors = [r["error"] for r in found]
-            spread = f" ({min(errors):.2f} to {max(errors):.2f})" if len(found) > 1 else ""
             yield [
                 name, str(len(found)), f"{statistics.fmean(r['dense'] for r in found):.2f}",
                 f"{statistics.fmean(r['factor'] for r in found):.1f}x ({found[0]['nonzeros']:,} of {found[0]['total']:,})",
-                f"{statistics.fmean(errors):.2f}{spread}", goal, beside,
+                spread(errors), goal, beside,
                 f"{statistics.fmean(r['seconds'] for r in found):.0f} s",
             ]  # fmt: skip
 
@@ -313,17 +314,10 @@ def page(rows: Mapping[str, Row]) -> list[str]:
         lines += resnet_lines(found)
     for kind, networks in contests(rows).items():
         lines += versus_lines(kind, networks, [r for k, r in rows.items() if k.startswith(f"versus:{kind}:")])
-    if found := {k.partition(":")[2]: row for k, row in rows.items() if k.startswith("minilm:")}:
-        head = ["MiniLM", "Spearman, STS-B", "of pairs with unseen sentences", "SST-2 probe", "nonzeros", "steps", "CPU time"]
-        body = [
-            [
-                MINILM.get(kind, kind), f"{r['spearman']:.4f}", f"{r['unseen']:.4f}", f"{r['probe']:.1f}",
-                f"{r['nonzeros'] / 1e6:.2f} M",
-                str(r["steps"]), f"{r['seconds']:.0f} s",
-            ]
-            for kind, r in found.items()
-        ]  # fmt: skip
-        lines += ["## MiniLM taught by itself", "", *table(head, body), "", MINILM_TEXT, ""]
+    if any(key.startswith("minilm:") for key in rows):
+        head = ["MiniLM", "seeds", "Spearman, STS-B", "of pairs with unseen sentences", "SST-2 probe"]
+        head += ["nonzeros", "steps", "CPU time a seed"]
+        lines += ["## MiniLM taught by itself", "", *table(head, list(minilm_lines(rows))), "", MINILM_TEXT, ""]
     return [*lines, *(f"- {key}: {row['conditions']}" for key, row in rows.items())]
 
 
@@ -338,23 +332,40 @@ MINILM = {
     "gradual": "80% of the weights, gradually",
     "alps": "80% of the weights by ALPS at the start, then taught alike",
     "homodistil": "half of feed-forward and heads, gradually (HomoDistil)",
-    "at-once": "the same units' number cut at the start, then taught alike",
+    "at-once": "as many units cut at the start, then taught alike",
+    "small": "as many units, drawn by lot, taught alike without pruning",
 }
+FIGURES = {"spearman": 4, "unseen": 4, "probe": 1}  #: what is judged of MiniLM, and with how many digits
 MINILM_TEXT = (
     "The teacher is the dense model (Spearman .8205; .8313 on the pairs with unseen sentences); the loss asks for its sentence "
     "vectors and for their similarities within a batch. Batches of 32 sentences without labels, half of SST-2's training set, "
     "half of every other STS-B pair; the pairs between, without sentences that are in both, are the unseen ones. Products in "
     "bfloat16. The probe is a logistic regression on 3000 training sentences, judged on the 872 development sentences. "
-    "One-shot at 80%: magnitude .6402, SparseGPT .7394, ALPS .7697 (calibrated.md)."
+    "What is pruned gradually goes by Optimal Brain Damage on the gradients of the steps (HomoDistil's own sensitivity, weight "
+    "times gradient, has a mean near zero while the student is still the teacher), along a cubic over 60% of the steps, units "
+    "over 30%. One-shot at 80%: magnitude .6402, SparseGPT .7394, ALPS .7697 (calibrated.md)."
 )
+
+
+def minilm_lines(rows: Mapping[str, Row]) -> Iterator[list[str]]:
+    """A line for each way of pruning: means over seeds, with the least and the most."""
+    for kind, title in MINILM.items():
+        found = [row for key, row in rows.items() if key.split(":")[:2] == ["minilm", kind]]
+        if found:
+            figures = [spread([r[what] for r in found], digits) for what, digits in FIGURES.items()]
+            seconds = statistics.fmean(r["seconds"] for r in found)
+            nonzeros, steps = f"{found[0]['nonzeros'] / 1e6:.2f} M", str(found[0]["steps"])
+            yield [title, str(len(found)), *figures, nonzeros, steps, f"{seconds:.0f} s"]
+
+
+def spread(values: list[float], digits: int = 2) -> str:
+    """The mean, and where there are several the least and the most."""
+    between = f" ({min(values):.{digits}f} to {max(values):.{digits}f})" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.{digits}f}{between}"
 
 
 def resnet_lines(rows: list[Row]) -> list[str]:
     """Means over seeds, with the least and the most."""
-
-    def spread(values: list[float]) -> str:
-        return f"{statistics.fmean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
-
     first, lost = rows[0], [r["dense"] - r["pruned"] for r in rows]
     dense, pruned = ([r[what] for r in rows] for what in ("dense", "pruned"))
     seconds = [r["dense seconds"] for r in rows]
@@ -422,7 +433,7 @@ def main() -> None:
     parser.add_argument("--holdout", action="store_true", help="LeNets: judge by training images held out")
     parser.add_argument("--blocks", type=int, default=3000, help="blocks of text of the contests")
     parser.add_argument("--epochs", type=int, help="of the contests")
-    parser.add_argument("--steps", type=int, default=300, help="of MiniLM")
+    parser.add_argument("--steps", type=int, default=600, help="of MiniLM")
     options = parser.parse_args()
     import torch
 
