@@ -1,4 +1,4 @@
-"""Claim: a training step with masks held costs at most a few percent more than a dense step, new masks a third of a second.
+"""Claim: a training step with masks held costs at most a few percent more than a dense step, new masks a quarter of a second.
 
 A perceptron of 10 million parameters, float32, random data; steps with and without masks alternate in one process, so
 that both meet the same machine. Then one of 25 million is pruned step by step, and each choice of masks is timed.

@@ -1,14 +1,17 @@
 """The only top-k in the project: exact counts, ties broken by index (the lower index is kept), streamed when large.
 
 Scores are ordered by their value, float32 or float64, so two scores tie exactly when they are equal. A threshold that
-would remove all of a tie, or none of it, is never used alone: what is equal to it is counted out by index.
+would remove all of a tie, or none of it, is never used alone: what is equal to it is counted out by index. What lies on the
+CPU is compared by numpy, which takes a tenth of torch's time for it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import BoolTensor, IntTensor, Tensor
 
@@ -23,6 +26,7 @@ _SMALL_TOTAL = 1 << 12  # up to here a sort is faster than a guess and a pass to
 _BITS = 16  # of the ordered key that one counting pass resolves
 _STEP = 256  # one in so many values is looked at to guess between which two scores the threshold lies
 _FEW = 1 << 16  # so few scores may always be left undecided by the guess
+_PLACES = 4  # rows of so many different counts are ordered at these places only, which takes a tenth of sorting them
 _MARGIN = 6.0  # standard deviations of the sampled rank by which the guess is widened
 _MOST_INSIDE = 1 / 16  # a guess that leaves more than this share of the scores undecided is dropped for counting
 
@@ -63,7 +67,7 @@ def top(scores: Tensor, keep: Tensor) -> BoolTensor:
     elif groups == 1:
         mask = _one_group(scores[0], int(keep[0]))[None]
     else:
-        mask = _by_sort(scores, keep)
+        mask = _by_row(scores, keep)
     if int(mask.count_nonzero()) != int(keep.sum()):
         raise AssertionError("selection kept another number of units than asked: the scores hold NaN")
     return mask  # type: ignore[return-value]
@@ -110,8 +114,8 @@ def _threshold(parts: Parts, k: int) -> tuple[float, list[int], list[int]]:
     if at_least_high + between < k <= at_least_high + between + sum(f.at_low for f in found):
         return low, [f.above + f.at_high + f.inside for f in found], [f.at_low for f in found]
     value = _by_counting(parts, k)  # the guess was wrong, or left too much undecided
-    more = [sum(int((c > value).count_nonzero()) for c in _chunks(part)) for part in parts()]
-    same = [sum(int((c == value).count_nonzero()) for c in _chunks(part)) for part in parts()]
+    more = [sum(_count(c > value) for c in _chunks(part)) for part in parts()]
+    same = [sum(_count(c == value) for c in _chunks(part)) for part in parts()]
     return value, more, same
 
 
@@ -151,18 +155,18 @@ def _between(parts: Parts, low: float, high: float) -> list[_Found]:
     for part in parts():
         here, inside = _Found(0, 0, 0, 0, part.new_empty(0)), []
         for chunk in _chunks(part):
-            below, above_low = chunk < high, chunk > low
-            under, over = int(below.count_nonzero()), int(above_low.count_nonzero())
-            above = int((chunk > high).count_nonzero())
+            below, above_low, size = chunk < high, chunk > low, len(chunk)
+            under, over = _count(below), _count(above_low)
+            above = _count(chunk > high)
             here.above += above
-            here.at_high += chunk.numel() - above - under
+            here.at_high += size - above - under
             if low != high:
-                here.at_low += int((chunk >= low).count_nonzero()) - over
-                here.inside += over - (chunk.numel() - under)
+                here.at_low += _count(chunk >= low) - over
+                here.inside += over - (size - under)
             if undecided <= max(_FEW, _MOST_INSIDE * total):
-                inside.append(chunk[below.logical_and_(above_low)])
+                inside.append(torch.as_tensor(chunk[below & above_low]))
                 undecided += inside[-1].numel()
-            total += chunk.numel()
+            total += size
         here.between = torch.cat([here.between, *inside])
         found.append(here)
         del part, chunk
@@ -177,7 +181,7 @@ def _by_counting(parts: Parts, k: int) -> float:
     for shift in range(highest, -1, -_BITS):
         offset = 1 << (_BITS - 1) if shift == highest else 0  # the highest bits are signed
         counts = torch.zeros(1 << _BITS, dtype=torch.int64)
-        for key in (_key(chunk) for part in parts() for chunk in _chunks(part)):
+        for key in (_key(chunk) for part in parts() for chunk in part.reshape(-1).split(_CHUNK)):
             if shift < highest:
                 key = key[(key >> (shift + _BITS)) == prefix] & ((1 << (shift + _BITS)) - 1)
             counts += torch.bincount((key >> shift) + offset, minlength=1 << _BITS).cpu()
@@ -186,8 +190,21 @@ def _by_counting(parts: Parts, k: int) -> float:
     return _value(prefix, dtype)
 
 
-def _chunks(part: Tensor) -> Sequence[Tensor]:
-    return part.reshape(-1).split(_CHUNK)
+def _chunks(part: Tensor) -> Sequence[Any]:
+    return [_values(chunk) for chunk in part.reshape(-1).split(_CHUNK)]
+
+
+def _values(tensor: Tensor) -> Any:
+    """The same memory as a numpy array where it is on the CPU, else the tensor."""
+    return tensor.detach().numpy() if tensor.device.type == "cpu" else tensor.detach()
+
+
+def _places(mask: Any) -> Tensor:
+    return torch.from_numpy(np.flatnonzero(mask)) if isinstance(mask, np.ndarray) else mask.nonzero().flatten()
+
+
+def _count(mask: Any) -> int:
+    return int(np.count_nonzero(mask)) if isinstance(mask, np.ndarray) else int(mask.count_nonzero())
 
 
 def _key(values: Tensor) -> Tensor:
@@ -214,24 +231,34 @@ def _find(counts: Tensor, k: int) -> tuple[int, int]:
 
 def _one_group(scores: Tensor, keep: int) -> Tensor:
     if scores.numel() <= _SMALL_TOTAL:
-        return _by_sort(scores[None], torch.tensor([keep], device=scores.device))[0]
+        return _by_row(scores[None], torch.tensor([keep], device=scores.device))[0]
     value = kth_largest(lambda: [scores], keep)
-    mask = scores > value
-    missing = keep - int(mask.count_nonzero())
-    if missing:
-        ties = (scores == value).nonzero().flatten()
-        mask[ties[:missing]] = True
+    values = _values(scores)
+    mask = torch.as_tensor(values > value)
+    if missing := keep - int(mask.count_nonzero()):
+        mask[_places(values == value)[:missing]] = True
     return mask
 
 
-def _by_sort(scores: Tensor, keep: Tensor) -> Tensor:
-    ordered = scores.sort(dim=1, descending=True).values
-    threshold = ordered.gather(1, (keep - 1).clamp(min=0)[:, None])
-    threshold = torch.where(keep[:, None] == 0, torch.inf, threshold)
-    mask = scores > threshold
-    ties = (scores == threshold) & (keep[:, None] > 0)
+def _by_row(scores: Tensor, keep: Tensor) -> Tensor:
+    threshold = torch.where(keep == 0, torch.inf, _kth_of_rows(scores, keep))[:, None]
+    values, least = _values(scores), _values(threshold)
+    mask, ties = torch.as_tensor(values > least), torch.as_tensor(values == least) & (keep[:, None] > 0)
     missing = keep - mask.sum(1)
+    if torch.equal(ties.sum(1), missing):
+        return mask | ties
     return mask | (ties & (ties.cumsum(1) <= missing[:, None]))
+
+
+def _kth_of_rows(scores: Tensor, keep: Tensor) -> Tensor:
+    """Of each row ``g`` the ``keep[g]``-th largest score, shape ``[groups]``; any where ``keep[g]`` is 0."""
+    place = scores.shape[1] - keep.clamp(min=1)
+    wanted = place.unique().tolist()
+    if scores.device.type == "cpu" and 0 < len(wanted) <= _PLACES:
+        ordered = torch.from_numpy(np.partition(_values(scores), wanted, axis=1))
+    else:
+        ordered = scores.sort(dim=1).values
+    return ordered.gather(1, place[:, None])[:, 0]
 
 
 def _by_rank(scores: Tensor, keep: Tensor) -> Tensor:

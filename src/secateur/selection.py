@@ -121,17 +121,19 @@ def prunable(
     return fit, {**skipped, **refused}
 
 
+_KEPT = 1 << 25  # weights up to which scores are kept while an allocation goes over them several times: 128 MB
 #: Scores and whether each unit was kept so far, both ``[groups, units]`` -> the scores to choose by.
 Prefer = Callable[[Tensor, Tensor], Tensor]
 
 
 def stays_removed(scores: Tensor, kept: Tensor) -> Tensor:
     """-inf where a unit was removed before: what is gone stays gone, and counts as removed."""
-    return torch.where(kept, scores, -torch.inf)
+    below = kept.view(torch.int8).to(scores.dtype).reciprocal_().sub_(1)  # 0 or infinite: a fifth of the time of torch.where
+    return torch.sub(scores, below, out=below)
 
 
 class Scores(Mapping[str, UnitScores]):
-    """Unit scores of every layer, computed one layer at a time whenever they are asked for.
+    """Unit scores of every layer, computed one layer at a time whenever they are asked for; kept where all are small.
 
     What becomes of units that `previous` masks removed is up to `prefer`.
     """
@@ -145,7 +147,8 @@ class Scores(Mapping[str, UnitScores]):
         prefer: Prefer = stays_removed,
     ):
         masks: Mapping[str, Tensor] = previous or {}
-        self._units = {n: _units(layer, stats[n], method, masks.get(n), prefer) for n, layer in layers.items()}
+        keep = sum(layer.shape.numel() for layer in layers.values()) <= _KEPT
+        self._units = {n: _units(layer, stats[n], method, masks.get(n), prefer, keep) for n, layer in layers.items()}
 
     def __getitem__(self, name: str) -> UnitScores:
         return self._units[name]
@@ -157,11 +160,12 @@ class Scores(Mapping[str, UnitScores]):
         return len(self._units)
 
 
-def _units(layer: Layer, stats: LayerStats, method: Method, mask: Tensor | None, prefer: Prefer) -> UnitScores:
+def _units(layer: Layer, stats: LayerStats, method: Method, mask: Tensor | None, prefer: Prefer, keep: bool) -> UnitScores:
     """What is asked for later holds the layer and its statistics alone: they go with it, and need no garbage collector."""
     groups, units, elements = method.pattern.fold(torch.empty(layer.shape, device="meta")).shape
     after = functools.partial(_preferred, layer, method, mask, prefer)
-    compute = functools.partial(_scores, layer, stats, method, after)
+    compute: Callable[[], Tensor] = functools.partial(_scores, layer, stats, method, after)
+    compute = functools.cache(compute) if keep else compute
     weigh = functools.partial(_magnitudes, stats, method, after)
     return UnitScores(layer.name, layer.shape, groups, units, elements, compute, stats.curve, weigh)
 
