@@ -33,6 +33,7 @@ METHODS = {
     "wanda": {"criterion": "wanda"},
     "sparsegpt": {"criterion": "magnitude", "solver": "sparsegpt"},
     "alps": {"criterion": "magnitude", "solver": "alps"},
+    "alps, 40 iterations": {"criterion": "magnitude", "solver": {"name": "alps", "iterations": 40, "refine": 10}},
     "alps, owl": {"criterion": "magnitude", "solver": "alps", "allocation": "owl"},
     "alps, dynamic": {"criterion": "magnitude", "solver": "alps", "allocation": "dynamic"},
     "sparsegpt, 512 tokens": {"criterion": "magnitude", "solver": "sparsegpt"},
