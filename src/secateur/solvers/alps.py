@@ -84,8 +84,9 @@ def _pulls(matrix: Tensor, rho: float) -> list[Tensor]:
     pull = torch.cholesky_inverse(torch.linalg.cholesky(shifted)).mul_(middle)
     square = torch.stack([product(p, fast(p)) for p in pull])
     pulls = []
+    between = torch.empty_like(pull)
     for stage in range(_STAGES):
         ratio = _RISE ** (stage / (_STAGES - 1) - 0.5)
         share = 4 * ratio / (1 + ratio) - 1
-        pulls.append(fast(share * pull + (1 - share) * square))
+        pulls.append(fast(torch.lerp(square, pull, share, out=between)))
     return pulls
