@@ -62,9 +62,9 @@ WHY = (
     "transformers. With one tower pruned by half and tuned, the text tower's mean is 53.5 (OMP 53.8), the vision tower's 46.5 "
     "(OMP 51.2), though MULTIFLOW's choice gives the least output error in every modality (means over layers, squared, "
     "relative, with the dense model's inputs) and is level before tuning. That it leaves whole depthwise channels without a "
-    "weight is a part of it: with depthwise layers dense the means are 48.7 and 52.9. At 75% nothing is left to compare: all are "
-    "near chance before tuning, and 48 steps on some 600 images do not change that, nor does a learning rate 3.3 or 6.7 times "
-    "as high (MULTIFLOW 28.5 and 27.0, OMP 28.5 and 28.4)."
+    "weight is a part of it: with depthwise layers dense the means are 48.7 and 52.9. At 75% nothing is left to compare: all "
+    "are near chance before tuning, and 48 steps on some 600 images do not change that, nor does a learning rate 3.3 or 6.7 "
+    "times as high (MULTIFLOW 28.5 and 27.0, OMP 28.5 and 28.4)."
 )
 FIGURES = ("recall@1", "recall@5", "yes/no", "count")
 
