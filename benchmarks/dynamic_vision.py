@@ -3,7 +3,7 @@
 ResNet-20 and ResNet-56 on CIFAR-10: Runtime Neural Pruning beside channels cut for good, at equal mean multiply-adds with the
 same training for both; early exit and layer skipping. all-MiniLM-L6-v2 on STS-B, ViT-S/14: token pruning and layer skipping.
 Every row is kept in the JSON file as soon as it is known, and not measured again; trained networks are kept in --models,
-from which --part time takes them. Writes docs/benchmarks/dynamic_vision.md and .svg from all rows in the file.
+from which --part time20 and time56 take them. Writes docs/benchmarks/dynamic_vision.md and .svg from all rows in the file.
 
     python benchmarks/dynamic_vision.py rows.json --models DIR [--part resnet20 resnet56 exits skip minilm vit ...] [--quick]
 """
@@ -175,24 +175,23 @@ def other_images(chosen: list[Tensor], generator: torch.Generator, gate: int, x:
     return chosen[gate][torch.randint(len(chosen[gate]), (len(x),), generator=generator)]
 
 
-def timed(bench: Bench) -> None:
+def timed(bench: Bench, depth: int) -> None:
     """Batch 1, one thread, real test images in turn: every model of a network beside its dense one, in the same rounds."""
+    name = f"resnet{depth}"
+    models: dict[str, nn.Module] = {"dense": bench.dense(depth)}
+    for budget in STATIC:
+        folder = bench.models / f"{name} static {budget}"
+        if folder.exists():
+            models[f"static {budget}"] = sc.load(folder, model=cut(bench, depth, budget))
+    for method in ("rnp", "early_exit"):
+        for budget in BUDGETS:
+            if bench.missing(f"{name}/{method}/{budget}"):
+                continue
+            gated: Any = sc.load(bench.models / f"{name} {method}", model=bench.dense(depth))
+            gated.budget = budget
+            models[f"{method}/{budget}"] = gated
     images = [x[None] for x in cifar("test", 200)[0]]
-    for depth in (20, 56):
-        name = f"resnet{depth}"
-        models: dict[str, nn.Module] = {"dense": bench.dense(depth)}
-        for budget in STATIC:
-            folder = bench.models / f"{name} static {budget}"
-            if folder.exists():
-                models[f"static {budget}"] = sc.load(folder, model=cut(bench, depth, budget))
-        for method in ("rnp", "early_exit"):
-            for budget in BUDGETS:
-                if bench.missing(f"{name}/{method}/{budget}"):
-                    continue
-                gated: Any = sc.load(bench.models / f"{name} {method}", model=bench.dense(depth))
-                gated.budget = budget
-                models[f"{method}/{budget}"] = gated
-        time_by_turns(bench.rows, name, models, images, 60 if bench.quick else 1000)
+    time_by_turns(bench.rows, name, models, images, 60 if bench.quick else 1000)
 
 
 PARTS: dict[str, Callable[[Bench], None]] = {
@@ -203,7 +202,8 @@ PARTS: dict[str, Callable[[Bench], None]] = {
     "resnet20": lambda bench: resnet(bench, 20),
     "resnet56": lambda bench: resnet(bench, 56),
     "choices": choices,
-    "time": timed,
+    "time20": lambda bench: timed(bench, 20),
+    "time56": lambda bench: timed(bench, 56),
     "time-transformers": lambda bench: dynamic_transformers.timed(bench.rows, bench.models, bench.quick),
 }
 
