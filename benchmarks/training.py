@@ -380,7 +380,7 @@ def resnet_lines(rows: list[Row]) -> list[str]:
         *table(["network", "top-1 %", "nonzeros", "CPU seconds"], body), "",
         f"Lost: {spread(lost)} points; goal: at most 1.5. {len(rows)} seed(s), {first['epochs']} epochs of {first['images']:,} "
         "JPEG training images shifted and flipped, judged on 10,000 test images. SGD, products in bfloat16. Pruned by Optimal "
-        "Brain Damage along a cubic over the first half, taught by the retrained dense network and, for a tenth, by labels.", "",
+        "Brain Damage along a cubic over the first half; taught by the retrained dense network and, for a tenth, labels.", "",
     ]  # fmt: skip
 
 
