@@ -208,7 +208,7 @@ def probe(model: Any, tokenizer: Any) -> float:
 
 def minilm(detail: str, options: argparse.Namespace) -> Row:
     """`gradual`: 80% of the weights; `alps`: the same by ALPS first; `homodistil`: half of neurons and heads as it goes;
-    `at-once`: as many first, `small`: as many drawn by lot, so that nothing is pruned by what it is worth."""
+    `at-once`: as many first; `small`: as many drawn by lot; `scratch`: a student of that shape whose blocks begin anew."""
     import minilm as example
     import stsb
     import torch
@@ -218,18 +218,20 @@ def minilm(detail: str, options: argparse.Namespace) -> Row:
     began, steps = time.process_time(), options.steps
     kind, _, seed = detail.partition(":")
     teacher = example.make().model
+    torch.manual_seed(int(seed or 0))  # of dropout, and of blocks that begin anew
     batches = sentences(stsb.tokenizer(), steps, 32, int(seed or 0))
     student = copy.deepcopy(teacher)
     units = {"pattern": "ffn_head", "sparsity": 0.5, "allocation": "uniform", "ignore": ["pooler*"], "example": batches[0]}
     pruning: Mapping[str, Any] = {"criterion": "obd", "end": 0.3, **units}
-    if kind in ("at-once", "small"):
-        worth = {"criterion": "random"} if kind == "small" else {"criterion": "taylor", "data": batches[:8]}
+    if kind in ("at-once", "small", "scratch"):
+        worth = {"criterion": "taylor", "data": batches[:8]} if kind == "at-once" else {"criterion": "random"}
         student = sc.prune(student, loss=partial(alike, teacher), **worth, **units).model
         pruning = {}
+    if kind == "scratch":
+        student.encoder.apply(student._init_weights)
     elif kind in ("gradual", "alps"):
         pruning = {"criterion": "obd", "end": 0.6, "sparsity": 0.8, "allocation": "uniform", "ignore": ["pooler*"]}
     masks = None
-    torch.manual_seed(int(seed or 0))  # dropout draws
     if kind == "alps":
         few = {"data": batches[-32:], "example": batches[0]}
         found = sc.prune(student, solver="alps", sparsity=0.8, allocation="uniform", ignore=["pooler*"], **few)
@@ -333,7 +335,8 @@ MINILM = {
     "alps": "80% of the weights by ALPS at the start, then taught alike",
     "homodistil": "half of feed-forward and heads, gradually (HomoDistil)",
     "at-once": "as many units cut at the start, then taught alike",
-    "small": "as many units, drawn by lot, taught alike without pruning",
+    "small": "as many units drawn by lot, taught alike",
+    "scratch": "a student of that shape, its blocks new, taught alike without pruning",
 }
 FIGURES = {"spearman": 4, "unseen": 4, "probe": 1}  #: what is judged of MiniLM, and with how many digits
 MINILM_TEXT = (
