@@ -98,14 +98,11 @@ class Job:
     def _inputs(
         self, model: nn.Module, batches: Batches, stats: Mapping[str, LayerStats], done: Collection[str], notes: list[str]
     ) -> Iterator[dict[str, LayerStats]]:
-        wanted = self.method.in_turn
-        need = Need.GRAM if Need.GRAM in wanted else Need.INPUT_NORM
+        grams, norms = (need in self.method.in_turn for need in (Need.GRAM, Need.INPUT_NORM))
+        need = Need.GRAM if grams else Need.INPUT_NORM
         for part in inputs_in_turn(model, self.layers, batches, need=need, seed=self.recipe.seed, done=done, notes=notes):
-            if need is Need.INPUT_NORM:
-                yield {name: replace(stats[name], input_norm=norm) for name, norm in part.items()}
-                continue
-            known = {name: replace(stats[name], gram=gram) for name, gram in part.items()}
-            yield {name: with_norms(one) for name, one in known.items()} if Need.INPUT_NORM in wanted else known
+            known = {n: replace(stats[n], gram=x) if grams else replace(stats[n], input_norm=x) for n, x in part.items()}
+            yield {n: with_norms(one) for n, one in known.items()} if grams and norms else known
 
     def _gradients(
         self, model: nn.Module, batches: Batches, stats: Mapping[str, LayerStats], done: Collection[str]

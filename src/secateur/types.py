@@ -151,7 +151,7 @@ class Pattern(Protocol):
 
 @dataclass(frozen=True)
 class UnitScores:
-    """One layer as an allocation sees it. `scores` is computed anew at each access, so that one layer is held at a time."""
+    """One layer as an allocation sees it. `scores` is computed at each access, one layer held at a time; or kept, if small."""
 
     name: str
     shape: torch.Size  #: canonical shape of the weight
